@@ -1,0 +1,121 @@
+"""`load_model`: a Hugging Face folder, a run or a checkpoint as an object with logits, generation and export."""
+
+import dataclasses
+import functools
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from orpo_jax import checkpoint, generate, head, weights
+from orpo_jax.attention import causal_attention
+from orpo_jax.families import Architecture, architecture
+from orpo_jax.pretrained import Pretrained, open_pretrained
+from orpo_jax.rundir import BASE_MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    pretrained: Pretrained
+    arch: Architecture
+    graph: nnx.GraphDef
+    params: weights.Params
+    dtypes: dict[str, str]
+
+    def logits(self, input_ids_BT: Any) -> jax.Array:
+        """Returns float32 logits [B, T, V] of right-padded or whole sequences from position 0."""
+        return _logits(self.graph, self.params, jnp.asarray(input_ids_BT, jnp.int32))
+
+    def generate(self, prompts: str | Sequence[Any], *, max_new_tokens: int = 128, temperature: float = 0.0,
+                 seed: int = 0) -> list[str]:
+        """Returns a continuation of each prompt: a string, or a list of messages for the chat template."""
+        tokenizer = self.pretrained.tokenizer
+        texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
+            prompt, tokenize=False, add_generation_prompt=True) for prompt in
+            ([prompts] if isinstance(prompts, str) else prompts)]
+        bos = tokenizer.bos_token_id
+        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        ids = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in encoded]
+        new = generate.generate(self.graph, self.params, [row or [self.pretrained.stop_ids[0]] for row in ids],
+                                stop_ids=self.pretrained.stop_ids, max_new_tokens=max_new_tokens,
+                                temperature=temperature, seed=seed)
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
+
+    def save(self, folder: str | pathlib.Path, *, overwrite: bool = False, card: str | None = None) -> None:
+        """Writes a Hugging Face folder: weights under their original names and types, config, tokenizer, template.
+
+        Raises ValueError if the folder exists and `overwrite` does not allow it to be replaced.
+        """
+        folder = pathlib.Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not overwrite:
+            raise ValueError(f"{folder}: must not exist or be empty, got a folder with files; choose another")
+        temporary = folder.with_name(folder.name + ".tmp")
+        if jax.process_index() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            dataclasses.replace(self.pretrained, config=dict(self.arch.config)).save(temporary)
+            if card is not None:
+                (temporary / "README.md").write_text(card)
+        weights.save_params(self.params, self.arch, temporary, self.dtypes)
+        if jax.process_index() == 0:
+            weights.replace_folder(temporary, folder)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _logits(graph: nnx.GraphDef, params: weights.Params, ids_BT: jax.Array) -> jax.Array:
+    module = nnx.merge(graph, params)
+    positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+    hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT))
+    return head.logits(hidden_BTD, module.unembedding())
+
+
+def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:
+    """Returns the run and the step of a run folder or of one of its step folders; None for anything else."""
+    if path.name.isdigit() and path.parent.name == "checkpoints":
+        return path.parent.parent, int(path.name)
+    if (path / "checkpoints").is_dir():
+        step = checkpoint.Checkpoints(path / "checkpoints").latest_step()
+        if step is None:
+            raise ValueError(f"{path}: the run has no checkpoint yet")
+        return path, step
+    return None
+
+
+def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: int | None = None) -> LoadedModel:
+    """Returns the model of a Hugging Face folder or hub id, of a run's newest checkpoint, or of a step's folder.
+
+    max_length: the longest sequence to come; it matters only to ropes whose frequencies depend on it (rope.py), and
+    defaults to the run's own data.max_length, or to the model's original length.
+    """
+    found = find_step(pathlib.Path(path).expanduser())
+    pretrained = open_pretrained(str(path) if found is None else str(found[0] / BASE_MODEL))
+    meta = None
+    if found is not None:
+        checkpoints = checkpoint.Checkpoints(found[0] / "checkpoints")
+        meta = checkpoints.read_meta(found[1])
+        max_length = max_length or meta["config"]["data"]["max_length"]
+    arch = architecture(pretrained.config, max_length or 1, pretrained.rows_needed)
+    if found is None:
+        params = weights.load_params(pretrained.folder, arch, dtype=jnp.dtype(dtype))
+        dtypes = weights.tensor_dtypes(weights.find_tensors(pretrained.folder))
+    else:
+        mesh = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh),
+                                weights.abstract_params(arch, jnp.dtype(dtype)))
+        params = checkpoints.restore_params(found[1], abstract)
+        assert meta is not None
+        dtypes = meta["dtypes"]
+    return LoadedModel(pretrained, arch, weights.make_graph(arch), params, dtypes)
+
+
+def with_dtype(model: LoadedModel, dtype: str | None) -> LoadedModel:
+    """Returns the model with `dtype` as the type of every exported weight; None leaves each its own."""
+    if dtype is None:
+        return model
+    config = {name: value for name, value in model.arch.config.items() if name not in ("dtype", "torch_dtype")}
+    return dataclasses.replace(model, dtypes=dict.fromkeys(model.dtypes, dtype),
+                               arch=dataclasses.replace(model.arch, config={**config, "dtype": dtype}))

@@ -1,0 +1,400 @@
+"""A dataset -> cached token pairs -> the batch of step s, a pure function of (seed, s).
+
+Shapes: M micro-batches, B rows of one micro-batch over all devices, T tokens of a row, S pair slots of a row.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import gzip
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import datasets
+import jax
+import numpy as np
+import pyarrow as pa
+import zstandard
+
+from orpo_jax import packing
+from orpo_jax.config import DataConfig, OrpoConfig
+from orpo_jax.head import LOGITS_BUDGET
+from orpo_jax.metrics import Progress, log
+from orpo_jax.packing import Pair, Rows
+from orpo_jax.preference import Encoder, render, split_prompt
+from orpo_jax.pretrained import Pretrained
+
+CACHE = pathlib.Path(os.environ.get("ORPO_JAX_CACHE", "~/.cache/orpo_jax")).expanduser()
+# The one column of rows that are still text: a name that no data set uses.
+JSON = "orpo_jax:json"
+# Rows per call of the tokenizer, which runs a batch on all cores.
+TOKENIZER_BATCH = 512
+
+
+# Sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Rows by index. JSON rows stay text until they are read: their columns may differ from row to row."""
+
+    rows: datasets.Dataset
+    name: str
+    unit: str  # what the index counts: 'line' of a file, or 'row'
+    hash: str
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, {self.unit} {index + 1}"
+
+
+def read_source(source: str, name: str | None, split: str, key: str) -> Source:
+    """Returns the rows of a file, a folder or a hub id; ValueError names the source and what is wrong with it."""
+    path = pathlib.Path(source).expanduser()
+    kinds = path.name.removesuffix(".gz").removesuffix(".zst").rsplit(".", 1)
+    kind = {"jsonl": "json", "ndjson": "json"}.get(kinds[-1], kinds[-1])
+    local = path.exists()
+    if not source or (not local and (kind in ("json", "csv", "parquet") or source.startswith((".", "/", "~")))):
+        raise ValueError(f"{key}: no such file or folder, got {source!r}")
+    try:
+        if local and path.is_dir():
+            rows = _read_folder(path, split, key)
+        elif local and kind == "json":
+            return _read_json(path)
+        elif local and kind in ("csv", "parquet"):
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        elif local:
+            raise ValueError(f"{key}: must be a .jsonl, .json, .parquet or .csv file (also .gz or .zst), a folder "
+                             f"or a hub id, got {source!r}")
+        else:
+            rows = datasets.load_dataset(source, name, split=split)
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(key) else f"{key}: {source}: {error}") from error
+    except Exception as error:  # datasets, arrow and the hub's client raise many kinds
+        cause = error.__cause__ or error
+        raise ValueError(f"{key}: {source} can't be read: {(str(cause).strip() or repr(cause)).splitlines()[0]}") from error
+    return Source(rows, source, "row", rows._fingerprint)
+
+
+def _read_folder(path: pathlib.Path, split: str, key: str) -> datasets.Dataset:
+    if not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
+        return datasets.load_dataset(str(path), split=split)
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, datasets.Dataset):
+        return loaded
+    if split not in loaded:
+        raise ValueError(f"{key}_split: {path} has the splits {', '.join(loaded)}, got {split!r}")
+    return loaded[split]
+
+
+def _read_json(path: pathlib.Path) -> Source:
+    """Returns a file's rows as lines of JSON, unparsed: a file may hold one array, or a row a line."""
+    opener = {".gz": gzip.open, ".zst": zstandard.open}.get(path.suffix, open)
+    with opener(path, "rb") as file:
+        text = file.read().decode()
+    if text.lstrip().startswith("["):
+        try:
+            lines, unit = [json.dumps(row) for row in json.loads(text)], "row"
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from None
+    else:
+        lines, unit = text.split("\n"), "line"
+    return Source(datasets.Dataset.from_dict({JSON: lines}), str(path), unit, _hash(text))
+
+
+def from_rows(rows: Iterable[Mapping[str, Any]] | datasets.Dataset, name: str) -> Source:
+    """Returns rows that a program hands over."""
+    if isinstance(rows, datasets.Dataset):
+        return Source(rows, name, "row", rows._fingerprint)
+    lines = [json.dumps(row) for row in rows]
+    return Source(datasets.Dataset.from_dict({JSON: lines}), name, "row", _hash(*lines))
+
+
+def _hash(*parts: str) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:32]
+
+
+# Rows to token pairs, cached
+
+
+class Pairs(Sequence[Pair]):
+    """Token pairs: the ids of all sequences end to end, and where each starts."""
+
+    def __init__(self, table: pa.Table, keep: np.ndarray):
+        self.keep = keep
+        self._flat, self._starts = {}, {}
+        for side in ("chosen", "rejected"):
+            column = table.column(f"{side}_ids").combine_chunks()
+            self._flat[side] = column.values.to_numpy(zero_copy_only=False)
+            self._starts[side] = column.offsets.to_numpy()
+        self._prompt = {side: table.column(f"{side}_prompt").to_numpy() for side in ("chosen", "rejected")}
+        self._shared = table.column("shared").to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
+        row = self.keep[index]
+        ids = [self._flat[side][self._starts[side][row]:self._starts[side][row + 1]] for side in ("chosen", "rejected")]
+        return Pair(ids[0], ids[1], int(self._prompt["chosen"][row]), int(self._prompt["rejected"][row]),
+                    int(self._shared[row]))
+
+    def sequence_lengths(self) -> np.ndarray:
+        """Returns the tokens of each whole sequence, [pairs, 2]: chosen, rejected."""
+        return np.stack([np.diff(self._starts[side])[self.keep] for side in ("chosen", "rejected")], axis=1)
+
+    def lengths(self, share_prompt: bool) -> np.ndarray:
+        """Returns the positions that each pair takes of a row."""
+        chosen, rejected = self.sequence_lengths().T
+        return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
+
+    def max_id(self) -> int:
+        return max((int(self._flat[side].max(initial=0)) for side in ("chosen", "rejected")), default=0)
+
+
+def load_pairs(source: Source, pretrained: Pretrained, config: DataConfig) -> tuple[Pairs, dict[str, int]]:
+    """Returns the tokenised pairs that are kept, and the counts of what was read, cut and dropped."""
+    encoder = Encoder(pretrained.tokenizer, pretrained.stop_ids, config)
+    table = _tokenised(source, encoder)
+    lost, identical, empty = (np.asarray(table[name]) for name in ("lost", "identical", "empty"))
+    dropped = np.zeros(len(table), bool)
+    if config.overlong == "error" and lost.any():
+        raise ValueError(f"{source.name}, {source.unit} {int(np.asarray(table['index'])[lost > 0][0]) + 1}: the pair is "
+                         f"longer than data.max_length ({config.max_length}); raise it, or set data.overlong to "
+                         "'truncate' or 'drop'")
+    for policy, hit in ((config.overlong, lost > 0), (config.identical, identical), (config.empty, empty)):
+        if policy == "drop":
+            dropped |= hit
+    keep = np.flatnonzero(~dropped)
+    counts = {"rows": len(table), "identical": int(identical.sum()), "empty": int(empty.sum()),
+              "overlong": int((lost > 0).sum()), "pairs": len(keep),
+              "truncated": int((lost[keep] > 0).sum())}
+    log.info("%s: %d rows; identical %d (%s), empty %d (%s), over-long %d (%s); %d pairs", source.name, counts["rows"],
+             counts["identical"], config.identical, counts["empty"], config.empty, counts["overlong"], config.overlong,
+             counts["pairs"])
+    if not len(keep):
+        raise ValueError(f"{source.name}: no pair is left to use, of {len(table)} rows")
+    return Pairs(table, keep), counts
+
+
+TOKENISED = pa.schema([
+    ("index", pa.int64()), ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())),
+    ("chosen_prompt", pa.int32()), ("rejected_prompt", pa.int32()), ("shared", pa.int32()), ("lost", pa.int32()),
+    ("identical", pa.bool_()), ("empty", pa.bool_()),
+])
+
+
+class Job(NamedTuple):
+    """All that a worker needs to tokenise any range of rows."""
+
+    source: Source
+    encoder: Encoder
+
+    def __call__(self, rows: range) -> pa.RecordBatch:
+        columns = self.source.rows[rows.start:rows.stop]
+        texts, index = [], []
+        for offset, i in enumerate(rows):
+            row = {name: values[offset] for name, values in columns.items()}
+            where = self.source.where(i)
+            if set(row) == {JSON}:
+                if not row[JSON].strip():
+                    continue
+                row = _parse(row[JSON], where)
+            texts.append(render(split_prompt(row, where), self.encoder.template, where))
+            index.append(i)
+        pairs, lost = self.encoder(texts) if texts else ([], [])
+        return pa.record_batch([
+            index, *zip(*pairs, strict=True), lost, [t.identical for t in texts], [t.empty for t in texts],
+        ] if texts else [[] for _ in TOKENISED], schema=TOKENISED)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not valid JSON: {error}") from None
+
+
+_job: Job
+
+
+def _start_worker(job: Job) -> None:
+    global _job
+    _job = job
+
+
+def _run_job(rows: range) -> pa.RecordBatch:
+    return _job(rows)
+
+
+def _tokenised(source: Source, encoder: Encoder) -> pa.Table:
+    """Returns the tokenised rows from the cache, which is keyed by rows, tokenizer and settings, or makes them."""
+    tokenizer, config = encoder.tokenizer, encoder.config
+    settings = [config.max_length, config.max_prompt_length, config.max_completion_length, config.truncation_mode,
+                encoder.stop_ids, tokenizer.bos_token_id]
+    key = _hash("1", source.hash, tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.chat_template),
+                json.dumps(settings))
+    file = CACHE / "tokenised" / f"{key}.arrow"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{key}.{os.getpid()}.tmp")
+        try:
+            _tokenise_to(temporary, source, encoder, config.dataset_num_proc or 1)
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    with pa.memory_map(str(file)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
+
+
+def _tokenise_to(file: pathlib.Path, source: Source, encoder: Encoder, num_proc: int) -> None:
+    count = len(source.rows)
+    ranges = [range(start, min(start + TOKENIZER_BATCH, count)) for start in range(0, count, TOKENIZER_BATCH)]
+    job = Job(source, encoder)
+    with contextlib.ExitStack() as stack:
+        if num_proc > 1:  # spawned, not forked: JAX's threads do not survive a fork
+            pool = stack.enter_context(concurrent.futures.ProcessPoolExecutor(
+                num_proc, multiprocessing.get_context("spawn"), _start_worker, (job,)))
+            batches = pool.map(_run_job, ranges)
+        else:
+            batches = map(job, ranges)
+        writer = stack.enter_context(pa.ipc.new_file(str(file), TOKENISED))
+        progress = stack.enter_context(Progress(f"tokenising {source.name}", count))
+        for rows, batch in zip(ranges, batches, strict=True):
+            writer.write_batch(batch)
+            progress.advance(len(rows))
+
+
+# Token pairs to batches
+
+
+class StepBatch(NamedTuple):
+    """One optimiser step's rows, and the denominators of its loss."""
+
+    rows: Rows  # [M, B, ...]; past num_micro they are padding
+    num_micro: Any  # int32
+    nll_weight: Any  # float32, sum of nll_weights over the step
+    pairs: Any  # float32, pairs that count
+
+
+class BatchInfo(NamedTuple):
+    tokens: int  # positions that hold a token
+    slots: int  # positions computed
+    pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The shapes of every batch of a run: one compiled program serves them all."""
+
+    row_length: int
+    rows_per_device: int
+    num_shards: int
+    max_pairs: int  # slots of a row
+    max_micro: int
+    packing: bool
+    share_prompt: bool
+
+    @property
+    def rows(self) -> int:
+        """Rows of one micro-batch over all devices."""
+        return self.rows_per_device * self.num_shards
+
+
+def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
+                vocab_size: int, platform: str) -> Layout:
+    """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair."""
+    lengths = pairs.lengths(config.share_prompt)
+    longest = max(int(lengths.max()), 1)
+    row_length = config.row_length
+    if row_length == "auto":
+        row_length = -(-longest // 64) * 64
+    elif longest > row_length:
+        raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got {row_length}; "
+                         "set 'auto', or lower data.max_length")
+    if rows_per_device == "auto":
+        # Enough tokens for efficient matmuls: a row is enough on a CPU, 4,096 tokens on an accelerator.
+        rows = 1 if platform == "cpu" else max(1, 4096 // row_length)
+        rows = min(rows, LOGITS_BUDGET // (4 * row_length * vocab_size), -(-batch_size // num_shards))
+        rows_per_device = max(1, int(rows))
+    assert isinstance(rows_per_device, int)
+    max_pairs = min(batch_size, max(1, row_length // max(int(lengths.min()), 1))) if config.packing else 1
+    return Layout(row_length, rows_per_device, num_shards, max_pairs, -(-batch_size // (rows_per_device * num_shards)),
+                  config.packing, config.share_prompt)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The batches of a run. `batch(s)` depends on nothing but the data, the seed and s."""
+
+    pairs: Pairs
+    layout: Layout
+    batch_size: int
+    orpo: OrpoConfig
+    seed: int | None  # None: file order
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.pairs) // self.batch_size)
+
+    def members(self, step: int) -> np.ndarray:
+        """Returns the pairs of a step; an epoch's last step may have fewer."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run makes one Batches per data set
+    def _order(self, epoch: int) -> np.ndarray:
+        count = len(self.pairs)
+        return np.arange(count) if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(count)
+
+    def batch(self, step: int) -> tuple[StepBatch, BatchInfo]:
+        """Returns the step's rows as numpy arrays, the same on every host, and what they hold."""
+        layout, pairs = self.layout, [self.pairs[i] for i in self.members(step)]
+        lengths = [int(packing.pair_length(len(p.chosen_ids), len(p.rejected_ids), p.shared, layout.share_prompt))
+                   for p in pairs]
+        plan = packing.pack(lengths, layout.row_length, layout.max_pairs)
+        rows = packing.build_rows(
+            pairs, plan, num_rows=layout.max_micro * layout.rows, row_length=layout.row_length,
+            max_pairs=layout.max_pairs, share_prompt=layout.share_prompt, nll_scope=self.orpo.nll_scope,
+            nll_reduction=self.orpo.nll_reduction)
+        num_micro = -(-len(plan) // layout.rows)
+        stacked = Rows(*(x.reshape(layout.max_micro, layout.rows, *x.shape[1:]) for x in rows))
+        # Counts of nothing are 1: a sum of zeros divided by them stays 0.
+        batch = StepBatch(stacked, np.int32(num_micro), np.float32(rows.nll_weights.sum(dtype=np.float64) or 1),
+                          np.float32(rows.pair_weights.sum() or 1))
+        return batch, BatchInfo(sum(lengths), num_micro * layout.rows * layout.row_length, len(pairs))
+
+
+def to_devices(batch: StepBatch, sharding: jax.sharding.NamedSharding) -> StepBatch:
+    """Returns the batch as global arrays, rows split over the mesh; each process hands over its own devices' part."""
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    scalars = (jax.make_array_from_callback((), whole, lambda _, x=x: x) for x in batch[1:])
+    return StepBatch(Rows(*map(put, batch.rows)), *scalars)
+
+
+def total_steps(batches: Batches, num_train_epochs: float, max_steps: int) -> int:
+    """Returns the optimiser steps of a run; fractional epochs are rounded up to whole steps, as in HF's Trainer."""
+    return max_steps if max_steps > 0 else math.ceil(num_train_epochs * batches.steps_per_epoch)
+
+
+def check_tables(pairs: Pairs, vocab_size: int, max_positions: int, name: str) -> None:
+    """Raises a ValueError for ids or positions past the model's tables: JAX would clamp them in silence."""
+    if pairs.max_id() >= vocab_size:
+        raise ValueError(f"{name}: token ids must be below the model's vocab_size ({vocab_size}), got {pairs.max_id()}; "
+                         "the tokenizer belongs to another model")
+    longest = int(pairs.sequence_lengths().max())
+    if longest > max_positions:
+        raise ValueError(f"{name}: sequences must be at most the model's {max_positions} positions, got {longest} tokens; "
+                         f"lower data.max_length to {max_positions}")

@@ -1,0 +1,67 @@
+"""Sampling with a key/value cache: left-padded prompts -> continuations. Knows nothing of tokenisation.
+
+Shapes: B rows, T prompt tokens, S cache slots, K key/value heads, H head size, L layers.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from orpo_jax import head
+from orpo_jax.attention import cached_attention
+
+Array = jax.Array
+
+
+def generate(graph: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int],
+             max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[list[int]]:
+    """Returns the new ids of each prompt, up to and without the first stop id. temperature 0 is greedy."""
+    longest = -(-max(map(len, prompts)) // 32) * 32  # few lengths, few compilations
+    ids_BT = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in zip(ids_BT, prompts, strict=True):
+        row[longest - len(prompt):] = prompt
+    padding_B = np.array([longest - len(prompt) for prompt in prompts], np.int32)
+    new = _generate(graph, params, ids_BT, padding_B, jnp.asarray(list(stop_ids), jnp.int32), temperature,
+                    jax.random.key(seed), max_new_tokens)
+    stops = set(stop_ids)
+    return [row[:next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new.tolist()]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
+def _generate(graph: nnx.GraphDef, params: Any, ids_BT: Array, padding_B: Array, stop_ids: Array, temperature: Array,
+              key: Array, max_new_tokens: int) -> Array:
+    module = nnx.merge(graph, params)
+    spec, (B, T) = module.spec, ids_BT.shape
+    S = T + max_new_tokens
+    shape = (spec.num_layers, B, S, spec.num_kv_heads, spec.head_dim)
+    cache = (jnp.zeros(shape, module.unembedding().dtype),) * 2
+
+    def forward(ids_BT: Array, start: Array | int, cache: Any) -> tuple[Array, Any]:
+        positions_BT = jnp.maximum(start + jnp.arange(ids_BT.shape[1]) - padding_B[:, None], 0)
+        hidden_BTD, cache = module(ids_BT, positions_BT, cached_attention(start, padding_B), cache)
+        return head.logits(hidden_BTD[:, -1:], module.unembedding())[:, 0], cache
+
+    def sample(logits_BV: Array, step: Array | int) -> Array:
+        drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / jnp.maximum(temperature, 1e-6))
+        return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+    def go_on(carry: Any) -> Array:
+        step, _, _, done_B, _ = carry
+        return (step < max_new_tokens) & ~jnp.all(done_B)
+
+    def one(carry: Any) -> Any:
+        step, token_B, out_BN, done_B, cache = carry
+        out_BN = out_BN.at[:, step].set(jnp.where(done_B, stop_ids[0], token_B))
+        done_B |= jnp.isin(token_B, stop_ids)
+        logits_BV, cache = forward(token_B[:, None], T + step, cache)
+        return step + 1, sample(logits_BV, step + 1), out_BN, done_B, cache
+
+    logits_BV, cache = forward(ids_BT, 0, cache)
+    out_BN = jnp.full((B, max_new_tokens), stop_ids[0], jnp.int32)
+    carry = (0, sample(logits_BV, 0), out_BN, jnp.zeros(B, bool), cache)
+    return jax.lax.while_loop(go_on, one, carry)[2]

@@ -1,0 +1,160 @@
+"""The decoder, driven by a spec. It knows no family's name, no mesh, and nothing of how attention sees a row.
+
+Modules take their weights from `param(path)`, which gives None for a weight that the family's table lacks: a bias that
+is off needs no flag. Layers are one stacked module under `lax.scan`.
+Shapes: B rows, T tokens, D model, N query heads, K key/value heads, H head size, F mlp, V vocabulary, L layers.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from orpo_jax import rope as rope_lib
+from orpo_jax.sharding import shard_rows
+
+Array = jax.Array
+Param = Callable[[str], nnx.Param | None]
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_new": partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the decoder must know beside its weights."""
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    d_mlp: int
+    norm_eps: float
+    activation: str
+    rope: rope_lib.Rope
+    # The longest sequence that the positions reach.
+    max_positions: int
+    # The sliding window of each layer, in tokens; None where a layer has none.
+    windows: tuple[int | None, ...]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis letter of the weight tables."""
+        return {"v": self.vocab_size, "d": self.d_model, "l": self.num_layers, "n": self.num_heads,
+                "k": self.num_kv_heads, "h": self.head_dim, "f": self.d_mlp}
+
+
+def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
+    x32 = x_BTD.astype(jnp.float32)
+    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return scale_D * x32.astype(x_BTD.dtype)
+
+
+def project(einsum: str, x: Array, weight: nnx.Param | None, bias: nnx.Param | None) -> Array:
+    assert weight is not None
+    y = jnp.einsum(einsum, x, weight[...])
+    return y if bias is None else y + bias[...]
+
+
+class Norm(nnx.Module):
+    def __init__(self, param: Param, path: str, eps: float):
+        self.scale = param(f"{path}/scale")
+        self.eps = eps
+
+    def __call__(self, x_BTD: Array) -> Array:
+        assert self.scale is not None
+        return rms_norm(x_BTD, self.scale[...], self.eps)
+
+
+class Attention(nnx.Module):
+    def __init__(self, param: Param, path: str):
+        for name in ("q", "k", "v", "o"):
+            setattr(self, name, param(f"{path}/{name}"))
+            setattr(self, f"{name}_bias", param(f"{path}/{name}_bias"))
+
+    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
+                 cache: Any) -> tuple[Array, Any]:
+        q_BTNH = rope_lib.rotate(project("btd,dnh->btnh", x_BTD, self.q, self.q_bias), *rotation)
+        k_BTKH = rope_lib.rotate(project("btd,dkh->btkh", x_BTD, self.k, self.k_bias), *rotation)
+        v_BTKH = project("btd,dkh->btkh", x_BTD, self.v, self.v_bias)
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window, cache)
+        return project("btnh,nhd->btd", out_BTNH, self.o, self.o_bias), cache
+
+
+class GatedMlp(nnx.Module):
+    def __init__(self, param: Param, path: str, activation: str):
+        for name in ("gate", "up", "down"):
+            setattr(self, name, param(f"{path}/{name}"))
+            setattr(self, f"{name}_bias", param(f"{path}/{name}_bias"))
+        self.activation = activation
+
+    def __call__(self, x_BTD: Array) -> Array:
+        gate_BTF = ACTIVATIONS[self.activation](project("btd,df->btf", x_BTD, self.gate, self.gate_bias))
+        return project("btf,fd->btd", gate_BTF * project("btd,df->btf", x_BTD, self.up, self.up_bias), self.down,
+                       self.down_bias)
+
+
+class Layer(nnx.Module):
+    """One layer; its weights have a leading axis L until `lax.scan` takes it away."""
+
+    def __init__(self, param: Param, path: str, spec: Spec):
+        self.attn_norm = Norm(param, f"{path}/attn_norm", spec.norm_eps)
+        self.attn = Attention(param, f"{path}/attn")
+        self.mlp_norm = Norm(param, f"{path}/mlp_norm", spec.norm_eps)
+        self.mlp = GatedMlp(param, f"{path}/mlp", spec.activation)
+
+    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
+                 cache: Any) -> tuple[Array, Any]:
+        y_BTD, cache = self.attn(self.attn_norm(x_BTD), rotation, window, attend, cache)
+        x_BTD = x_BTD + y_BTD
+        return shard_rows(x_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
+
+
+class Decoder(nnx.Module):
+    def __init__(self, param: Param, spec: Spec):
+        self.embed = param("embed")
+        self.layers = Layer(param, "layers", spec)
+        self.final_norm = Norm(param, "final_norm", spec.norm_eps)
+        self.unembed = param("unembed")
+        self.spec = spec
+
+    def unembedding(self) -> Array:
+        """Returns the head's weight [V, D]: the embedding's own where the two are tied."""
+        weight = self.embed if self.unembed is None else self.unembed
+        assert weight is not None
+        return weight[...]
+
+    def __call__(self, ids_BT: Array, positions_BT: Array, attend: Callable, cache: Any = None, *,
+                 remat: str = "none") -> tuple[Array, Any]:
+        """Returns the last hidden states [B, T, D] and the new cache.
+
+        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py). cache: a pytree
+        with a leading axis L, or None.
+        """
+        assert self.embed is not None
+        x_BTD = shard_rows(self.embed[...][ids_BT])
+        rotation = rope_lib.angles(self.spec.rope, positions_BT)
+        graph, weights_L = nnx.split(self.layers)
+        windows_L = None
+        if any(self.spec.windows):
+            windows_L = jnp.array([window or jnp.iinfo(jnp.int32).max for window in self.spec.windows], jnp.int32)
+
+        def layer(x_BTD: Array, scanned: Any) -> tuple[Array, Any]:
+            weights, window, cache = scanned
+            return nnx.merge(graph, weights)(x_BTD, rotation, window, attend, cache)
+
+        # prevent_cse only guards against a merge that can't happen across the iterations of a scan.
+        step = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False)
+        x_BTD, cache = jax.lax.scan(step, x_BTD, (weights_L, windows_L, cache))
+        return self.final_norm(x_BTD), cache

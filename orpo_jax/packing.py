@@ -1,0 +1,124 @@
+"""The plan: preference pairs -> rows of a fixed length. Numpy only; knows nothing of models or devices.
+
+A row holds whole pairs, one after the other, each as a trunk that both branches share and two branches:
+
+    prompt[:-1] | prompt[-1] chosen[:-1] | prompt[-1] rejected[:-1]
+
+Each branch starts with the last token that the two sequences share, so every position predicts exactly one target.
+Positions restart at 0 with each pair, and both branches' go on from the trunk's. One integer per position carries the
+attention mask: key k is visible to query q when `k <= q < q_end[k]`. It shares the trunk, hides the branches from
+each other and separates the pairs. Without prompt sharing the trunk is empty and a branch holds its whole sequence.
+Shapes: B rows, T tokens of a row, S pair slots of a row.
+"""
+
+import bisect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Pair(NamedTuple):
+    """One tokenised pair: whole sequences, prompt included, how many ids are prompt, and how many of those are shared."""
+
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+    chosen_prompt: int
+    rejected_prompt: int
+    shared: int
+
+
+class Rows(NamedTuple):
+    """What the model and the loss see of some rows."""
+
+    ids: Any  # [B, T] int32
+    positions: Any  # [B, T] int32
+    targets: Any  # [B, T] int32, the token that the position predicts
+    nll_weights: Any  # [B, T] float32, weight of the target in the NLL
+    segments: Any  # [B, T] int32, 2s+1 / 2s+2 for a chosen / rejected response target of slot s, 0 elsewhere
+    q_end: Any  # [B, T] int32, the first query index that the position, as a key, is hidden from
+    pair_weights: Any  # [B, S] float32
+
+
+def trunk_length(shared: Any, share_prompt: bool) -> Any:
+    """Returns how many positions the two branches share: the common start of the prompts, less its last token."""
+    return np.maximum(shared, 1) - 1 if share_prompt else np.zeros_like(shared)
+
+
+def pair_length(chosen_length: Any, rejected_length: Any, shared: Any, share_prompt: bool) -> Any:
+    """Returns the positions that a pair takes of a row, from the lengths of its whole sequences."""
+    return chosen_length + rejected_length - 2 - trunk_length(shared, share_prompt)
+
+
+def pack(lengths: Sequence[int], row_length: int, max_pairs: int) -> list[list[int]]:
+    """Returns the pairs of each row: best fit decreasing, at most `max_pairs` to a row, the same on every host."""
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (room left, row), sorted: the first that fits is the best fit
+    for pair in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        assert lengths[pair] <= row_length
+        fit = bisect.bisect_left(open_rows, (lengths[pair], -1))
+        if fit < len(open_rows):
+            room, row = open_rows.pop(fit)
+        else:
+            room, row = row_length, len(rows)
+            rows.append([])
+        rows[row].append(pair)
+        if len(rows[row]) < max_pairs:
+            bisect.insort(open_rows, (room - lengths[pair], row))
+    return rows
+
+
+def empty_rows(num_rows: int, row_length: int, max_pairs: int) -> Rows:
+    """Returns rows of padding: weight 0 everywhere, and each position visible to itself only."""
+    zeros = np.zeros((num_rows, row_length), np.int32)
+    self_only = np.broadcast_to(np.arange(1, row_length + 1, dtype=np.int32), zeros.shape).copy()
+    return Rows(zeros, zeros.copy(), zeros.copy(), zeros.astype(np.float32), zeros.copy(), self_only,
+                np.zeros((num_rows, max_pairs), np.float32))
+
+
+def build_rows(pairs: Sequence[Pair], plan: Sequence[Sequence[int]], *, num_rows: int, row_length: int, max_pairs: int,
+               share_prompt: bool, nll_scope: str, nll_reduction: str) -> Rows:
+    """Returns the planned rows, followed by rows of padding up to `num_rows`."""
+    rows = empty_rows(num_rows, row_length, max_pairs)
+    for row, members in enumerate(plan):
+        start = 0
+        for slot, member in enumerate(members):
+            start = _place(rows, row, slot, start, pairs[member], share_prompt, nll_scope, nll_reduction)
+    return rows
+
+
+def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt: bool, nll_scope: str,
+           nll_reduction: str) -> int:
+    """Writes a pair into its slot and returns where the next one starts."""
+    trunk = int(trunk_length(pair.shared, share_prompt))
+    chosen_start = start + trunk
+    rejected_start = chosen_start + len(pair.chosen_ids) - 1 - trunk
+    end = rejected_start + len(pair.rejected_ids) - 1 - trunk
+
+    def write(at: slice, ids: np.ndarray, first: int, segment_from: int, segment: int) -> np.ndarray:
+        """Lays out inputs ids[first:-1] and targets ids[first+1:]; returns which targets are response tokens."""
+        positions = np.arange(first, first + at.stop - at.start)
+        response = positions + 1 >= segment_from
+        rows.ids[row, at] = ids[positions]
+        rows.targets[row, at] = ids[positions + 1]
+        rows.positions[row, at] = positions
+        rows.segments[row, at] = np.where(response, segment, 0)
+        return response
+
+    trunk_at, chosen_at, rejected_at = slice(start, chosen_start), slice(chosen_start, rejected_start), slice(
+        rejected_start, end)
+    write(trunk_at, pair.chosen_ids, 0, pair.chosen_prompt, 0)
+    chosen_response = write(chosen_at, pair.chosen_ids, trunk, pair.chosen_prompt, 2 * slot + 1)
+    rejected_response = write(rejected_at, pair.rejected_ids, trunk, pair.rejected_prompt, 2 * slot + 2)
+
+    rows.q_end[row, start:end] = end
+    rows.q_end[row, chosen_at] = rejected_start
+    weights = rows.nll_weights[row, start:rejected_start]
+    weights[:] = 1.0
+    if nll_scope == "completion":
+        weights[:trunk] = 0.0
+        weights[trunk:] = chosen_response
+    if nll_reduction == "sequence" and weights.any():
+        weights /= weights.sum()
+    rows.pair_weights[row, slot] = float(chosen_response.any() and rejected_response.any())
+    return end

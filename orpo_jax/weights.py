@@ -1,0 +1,277 @@
+"""safetensors <-> parameters, both ways through the family's one table. No PyTorch; host memory holds a shard at a time.
+
+Parameters are a nested dict of arrays, layers stacked along a leading axis. On import each device's part is read as
+slices of the files' tensors; on export one tensor is gathered at a time.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import einops
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from orpo_jax.families import Architecture, Weight, flatten, nest
+from orpo_jax.metrics import Progress
+from orpo_jax.model import Decoder
+from orpo_jax.sharding import weight_sharding
+
+Params = dict[str, Any]
+
+INDEX = "model.safetensors.index.json"
+# Buffers that old files carry and that transformers computes afresh.
+NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
+def abstract_params(arch: Architecture, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Returns shapes, dtype and, given a mesh, shardings of the parameters."""
+    def leaf(weight: Weight) -> jax.ShapeDtypeStruct:
+        shape = weight.shape(arch.spec.sizes)
+        sharding = weight_sharding(mesh, weight.path, weight.axes, shape) if mesh is not None else None
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return nest({weight.path: leaf(weight) for weight in arch.table})
+
+
+def make_graph(arch: Architecture) -> nnx.GraphDef:
+    """Returns the decoder without its weights: `nnx.merge(graph, params)` is the module."""
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in
+              flatten(abstract_params(arch)).items()}
+
+    def param(path: str) -> nnx.Param | None:
+        return nnx.Param(jnp.zeros(shapes[path].shape)) if path in shapes else None
+
+    return nnx.split(nnx.eval_shape(lambda: Decoder(param, arch.spec)))[0]
+
+
+def random_params(arch: Architecture, seed: int, scale: float = 0.02) -> Params:
+    """Returns normal(scale) weights, ones for norms and zeros for biases, float32; keyed by name, not by order."""
+    def leaf(weight: Weight) -> jax.Array:
+        shape = weight.shape(arch.spec.sizes)
+        if weight.path.endswith("scale"):
+            return jnp.ones(shape)
+        if not weight.decays:
+            return jnp.zeros(shape)
+        key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(weight.path.encode()) & 0x7FFFFFFF)
+        return scale * jax.random.normal(key, shape)
+
+    return nest({weight.path: leaf(weight) for weight in arch.table})
+
+
+# Import
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """The tensors of a model folder: which file holds each."""
+
+    files: Mapping[str, pathlib.Path]
+
+    def slice(self, name: str) -> Any:
+        try:
+            with safe_open(self.files[name], framework="numpy") as file:
+                return file.get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.files[name]}: tensor {name} can't be read: {error}") from error
+
+
+def find_tensors(folder: pathlib.Path) -> Tensors:
+    """Returns the tensors of a folder's safetensors files; ValueError names a file that is missing or broken."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index}: must be a safetensors index with a weight_map, got {error!r}") from None
+        for name in names:
+            if pathlib.Path(name).name != name:
+                raise ValueError(f"{index}: files must lie in the model's own folder, got {name!r}")
+        files = [folder / name for name in names]
+    else:
+        files = [folder / "model.safetensors"]
+    found: dict[str, pathlib.Path] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file}: no such file; a model needs its weights as safetensors")
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                names = list(opened.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
+        if twice := sorted(set(names) & set(found)):
+            raise ValueError(f"{file}: {', '.join(twice[:3])} is also in {found[twice[0]]}; keep one of the two")
+        found |= dict.fromkeys(names, file)
+    return Tensors(found)
+
+
+def hf_names(weight: Weight, num_layers: int) -> list[str]:
+    return [weight.hf.format(l=layer) for layer in range(num_layers)] if "{l}" in weight.hf else [weight.hf]
+
+
+def _groups(layout: str) -> list[list[str]]:
+    """Returns the letters of each dimension on the left of a layout: [['n', 'h'], ['d']] for '(n h) d -> d n h'."""
+    return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", layout.split(" -> ")[0])]
+
+
+def _hf_shape(weight: Weight, sizes: Mapping[str, int]) -> list[int]:
+    return [math.prod(sizes[letter] for letter in group) for group in _groups(weight.layout)]
+
+
+def check_tensors(tensors: Tensors, arch: Architecture, folder: pathlib.Path) -> None:
+    """Raises a ValueError that lists every tensor which is missing, unexpected or of a wrong shape."""
+    sizes = arch.spec.sizes | {"v": arch.spec.vocab_size - arch.added_rows}
+    wanted = {name: weight for weight in arch.table for name in hf_names(weight, arch.spec.num_layers)}
+    tied_head = set() if any(weight.path == "unembed" for weight in arch.table) else {"lm_head.weight"}
+    found = {name for name in tensors.files if not NOT_WEIGHTS.search(name)} - tied_head
+    problems = [f"missing: {name}" for name in sorted(set(wanted) - found)]
+    problems += [f"unexpected: {name}" for name in sorted(found - set(wanted))]
+    for name in sorted(found & set(wanted)):
+        part, expected = tensors.slice(name), _hf_shape(wanted[name], sizes)
+        if list(part.get_shape()) != expected:
+            problems.append(f"shape of {name}: expected {expected}, got {list(part.get_shape())}")
+        elif part.get_dtype() not in DTYPES:
+            problems.append(f"type of {name}: expected one of {', '.join(DTYPES)}, got {part.get_dtype()}")
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:8])}{more}")
+
+
+def tensor_dtypes(tensors: Tensors) -> dict[str, str]:
+    """Returns the type of each tensor in the files, by HF name, so that an export can have them again."""
+    return {name: DTYPES.get(tensors.slice(name).get_dtype(), "float32") for name in sorted(tensors.files)}
+
+
+def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.float32,
+                mesh: jax.sharding.Mesh | None = None) -> Params:
+    """Returns a model folder's weights in `dtype`, each device holding its own part where a mesh is given."""
+    tensors = find_tensors(folder)
+    check_tensors(tensors, arch, folder)
+    abstract = flatten(abstract_params(arch, dtype, mesh))
+    one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    flat = {}
+    with Progress("loading weights", len(arch.table)) as progress:
+        for weight in arch.table:
+            leaf, parts = abstract[weight.path], {}
+
+            def read(index: tuple, weight=weight, shape=leaf.shape, parts=parts) -> np.ndarray:
+                bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+                if bounds not in parts:  # devices that hold the same part share one read
+                    parts[bounds] = _read_part(tensors, weight, bounds, arch).astype(dtype)
+                return parts[bounds]
+
+            flat[weight.path] = jax.make_array_from_callback(leaf.shape, leaf.sharding or one_device, read)
+            progress.advance()
+    return nest(flat)
+
+
+def _read_part(tensors: Tensors, weight: Weight, bounds: tuple, arch: Architecture) -> np.ndarray:
+    """Returns our array within `bounds` (start, stop of each axis), from slices of HF's tensors."""
+    stacked = weight.axes[0] == "l"
+    names = hf_names(weight, arch.spec.num_layers)
+    layers = range(*bounds[0]) if stacked else range(1)
+    local = dict(zip(weight.axes[stacked:], bounds[stacked:], strict=True))
+    if arch.added_rows and "v" in local:
+        return _read_grown(tensors.slice(names[0]), local, arch.spec.vocab_size - arch.added_rows)
+    return_parts = []
+    for layer in layers:
+        part = tensors.slice(names[layer])
+        block = part[tuple(_hf_slice(group, local, arch.spec.sizes) for group in _groups(weight.layout))]
+        sizes = {letter: stop - start for letter, (start, stop) in local.items()}
+        return_parts.append(einops.rearrange(block, weight.layout, **sizes))
+    return np.stack(return_parts) if stacked else return_parts[0]
+
+
+def _hf_slice(group: list[str], local: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> slice:
+    """Returns the slice of a dimension such as (n h) that holds heads [start, stop): only its first letter is cut."""
+    assert all(local[letter] == (0, sizes[letter]) for letter in group[1:])
+    stride = math.prod(sizes[letter] for letter in group[1:])
+    start, stop = local[group[0]]
+    return slice(start * stride, stop * stride)
+
+
+def _read_grown(part: Any, local: Mapping[str, tuple[int, int]], rows: int) -> np.ndarray:
+    """Returns rows [start, stop) of a [V, D] table that the files hold `rows` of; the others are the rows' mean."""
+    (start, stop), columns = local["v"], slice(*local["d"])
+    have = part[min(start, rows):min(stop, rows), columns]
+    missing = stop - start - len(have)
+    if not missing:
+        return have
+    mean = np.mean(part[:, columns].astype(np.float32), axis=0)
+    return np.concatenate([have.astype(np.float32), np.tile(mean, (missing, 1))])
+
+
+# Export
+
+
+def hf_tensors(params: Params, arch: Architecture) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields each tensor by its HF name, in HF's layout; every process takes part in the gathering."""
+    flat = flatten(params)
+    for weight in arch.table:
+        left, right = weight.layout.split(" -> ")
+        sizes = {letter: arch.spec.sizes[letter] for letter in right.split()}
+        for layer, name in enumerate(hf_names(weight, arch.spec.num_layers)):
+            array = flat[weight.path][layer] if weight.axes[0] == "l" else flat[weight.path]
+            if not array.is_fully_addressable:
+                array = multihost_utils.process_allgather(array, tiled=True)
+            yield name, einops.rearrange(np.asarray(array), f"{right} -> {left}", **sizes)
+
+
+def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes: Mapping[str, str], *,
+                max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes the weights as one safetensors file, or as several and an index, in the given type of each tensor."""
+    shards: list[list[str]] = []
+    pending: dict[str, np.ndarray] = {}
+    total = 0
+
+    def flush() -> None:
+        if jax.process_index() == 0:
+            save_file(pending, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    count = sum(len(hf_names(weight, arch.spec.num_layers)) for weight in arch.table)
+    with Progress("writing weights", count) as progress:
+        for name, array in hf_tensors(params, arch):
+            array = np.ascontiguousarray(array.astype(jnp.dtype(dtypes.get(name, "float32"))))
+            if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > max_shard_bytes:
+                flush()
+            pending[name] = array
+            total += array.nbytes
+            progress.advance()
+    flush()
+    if jax.process_index() != 0:
+        return
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = ["model.safetensors"] if len(shards) == 1 else names
+    for i, name in enumerate(names):
+        os.rename(folder / f"{i}.partial", folder / name)
+    if len(shards) > 1:
+        weight_map = dict(itertools.chain.from_iterable(
+            ((tensor, name) for tensor in shard) for shard, name in zip(shards, names, strict=True)))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def replace_folder(temporary: pathlib.Path, folder: pathlib.Path) -> None:
+    """Renames a finished folder into place; what was there is deleted only once the new one stands."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

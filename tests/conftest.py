@@ -1,0 +1,21 @@
+"""Set before jax is imported: 8 CPU devices, so that every test can make any mesh, and a cache of its own."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["ORPO_JAX_CACHE"] = tempfile.mkdtemp(prefix="orpo_jax_test_cache_")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny random Llama with a chat template, in Hugging Face format."""
+    import tiny
+
+    return tiny.write_model(tmp_path_factory.mktemp("models") / "llama")

@@ -1,0 +1,96 @@
+"""Tiny models, tokenizers and rows, made on the spot: no test needs a network or a file of another project."""
+
+import json
+import pathlib
+import random
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from orpo_jax import weights
+from orpo_jax.families import architecture
+
+WORDS = ("the sky is blue green and very clear today we walk over a small hill to find red flowers near our old house "
+         "please tell me what you think about cats dogs rivers mountains with some good reasons thank you kindly "
+         "sure here goes nothing ask again later maybe it depends on many things").split()
+
+# Ends in exactly one EOS, so that it is templated alike by trainers that append one where there is none.
+TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+            "{% if m['role'] == 'assistant' %}{{ '<eos>' }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 48,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu", "tie_word_embeddings": False,
+    "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "bos_token_id": 0, "eos_token_id": 1,
+    "torch_dtype": "float32",
+}
+
+
+def make_tokenizer(*, bos: str | None = "<bos>", eos: str | None = "<eos>", pad: str | None = "<pad>",
+                   template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens whose merges stay within words."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?[a-zA-Z]+| ?[^\sa-zA-Z]|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<bos>", "<eos>", "<pad>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
+    fast.chat_template = template
+    return fast
+
+
+def config_of(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    config = {**LLAMA, "vocab_size": 408, "model_type": model_type}
+    if model_type != "llama":
+        config = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}
+        config["architectures"] = [{"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]]
+    if model_type == "qwen2":
+        del config["head_dim"]
+    return {**config, **changes}
+
+
+def write_model(folder: pathlib.Path, *, tokenizer: Any = None, seed: int = 0, scale: float = 0.3,
+                dtype: str = "float32", max_shard_bytes: int = 10**9, **changes: Any) -> pathlib.Path:
+    """Writes a random model in Hugging Face format, with weights that make its logits spread by about 1."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokenizer or make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = config_of(**changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    arch = architecture(config, 1)
+    names = {name: dtype for weight in arch.table for name in weights.hf_names(weight, arch.spec.num_layers)}
+    weights.save_params(weights.random_params(arch, seed, scale), arch, folder, names, max_shard_bytes=max_shard_bytes)
+    return folder
+
+
+def sentence(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def make_rows(count: int, kind: str, seed: int = 0) -> list[dict[str, Any]]:
+    """Returns rows of one kind: standard, implicit, conversational or conversational_implicit."""
+    rng, rows = random.Random(seed), []
+    for _ in range(count):
+        prompt, chosen, rejected = sentence(rng, 2, 9), sentence(rng, 1, 12), sentence(rng, 1, 12)
+        chosen, rejected = f"good {chosen}", f"bad {rejected}"  # they differ from the first word on
+        user = [{"role": "user", "content": prompt}]
+        answers = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+        rows.append({
+            "standard": {"prompt": prompt, "chosen": " " + chosen, "rejected": " " + rejected},
+            "implicit": {"chosen": f"{prompt} {chosen}", "rejected": f"{prompt} {rejected}"},
+            "conversational": {"prompt": user, "chosen": answers[0], "rejected": answers[1]},
+            "conversational_implicit": {"chosen": user + answers[0], "rejected": user + answers[1]},
+        }[kind])
+    return rows
+
+
+def write_rows(file: pathlib.Path, rows: list[dict[str, Any]]) -> pathlib.Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
