@@ -36,7 +36,7 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Arra
 
 
 def row_attention(positions_BT: Array, q_end_BT: Array):
-    """Returns the attention function of some packed rows, in the form that the decoder calls: q, k, v, window, cache."""
+    """Returns the attention function of some packed rows, as the decoder calls it: (q, k, v, window, cache)."""
     T = positions_BT.shape[1]
 
     def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | None, cache: None) -> tuple[Array, None]:
@@ -57,7 +57,7 @@ def causal_attention(positions_BT: Array):
     return row_attention(positions_BT, jnp.full_like(positions_BT, positions_BT.shape[1]))
 
 
-def cached_attention(start: Array, padding_B: Array):
+def cached_attention(start: Array | int, padding_B: Array):
     """Returns the attention function of generation: queries from cache slot `start` on, over a [B, S, K, H] cache.
 
     padding_B: how many slots at the start of each row are padding, since prompts are left-padded.

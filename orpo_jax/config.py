@@ -152,7 +152,8 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self.batch_size >= 1, "train.batch_size", "must be at least 1", self.batch_size)
-        check(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "must be -1 or at least 1", self.max_steps)
+        check(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "must be -1 or at least 1",
+              self.max_steps)
         check(self.max_steps > 0 or self.num_train_epochs > 0, "train.num_train_epochs", "must be above 0",
               self.num_train_epochs)
         if self.rows_per_device != "auto":
@@ -330,7 +331,7 @@ def _describe(kind: Any) -> str:
     return "None" if kind is type(None) else kind.__name__
 
 
-def build(values: Mapping, cls: type[T] = Config, path: str = "") -> T:
+def build(values: Mapping[str, Any], cls: type[T] = Config, path: str = "") -> T:
     """Returns the checked dataclass of a (possibly partial) mapping; ValueError names the dotted key that is wrong."""
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
@@ -339,12 +340,11 @@ def build(values: Mapping, cls: type[T] = Config, path: str = "") -> T:
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}{name}: no such key{did_you_mean(path + str(name))}")
-        kind = fields[name].type
-        if isinstance(value, list):  # JSON has no tuples
-            value = tuple(value)
+        kind: Any = fields[name].type
+        value: Any = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if dataclasses.is_dataclass(kind):
             check(isinstance(value, Mapping), path + name, "must be a section", value)
-            value = build(value, typing.cast(type, kind), f"{path}{name}.")
+            value = build(value, kind, f"{path}{name}.")
         else:
             check(_matches(value, kind), path + name, f"must be {_describe(kind)}", value)
             value = float(value) if kind is float else value

@@ -78,7 +78,8 @@ def read_source(source: str, name: str | None, split: str, key: str) -> Source:
         raise ValueError(str(error) if str(error).startswith(key) else f"{key}: {source}: {error}") from error
     except Exception as error:  # datasets, arrow and the hub's client raise many kinds
         cause = error.__cause__ or error
-        raise ValueError(f"{key}: {source} can't be read: {(str(cause).strip() or repr(cause)).splitlines()[0]}") from error
+        reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+        raise ValueError(f"{key}: {source} can't be read: {reason}") from error
     return Source(rows, source, "row", rows._fingerprint)
 
 
@@ -89,7 +90,7 @@ def _read_folder(path: pathlib.Path, split: str, key: str) -> datasets.Dataset:
     if isinstance(loaded, datasets.Dataset):
         return loaded
     if split not in loaded:
-        raise ValueError(f"{key}_split: {path} has the splits {', '.join(loaded)}, got {split!r}")
+        raise ValueError(f"{key}_split: {path} has the splits {', '.join(map(str, loaded))}, got {split!r}")
     return loaded[split]
 
 
@@ -144,7 +145,7 @@ class Pairs(Sequence[Pair]):
 
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self.keep[index]
-        ids = [self._flat[side][self._starts[side][row]:self._starts[side][row + 1]] for side in ("chosen", "rejected")]
+        ids = [self._flat[side][slice(*self._starts[side][row:row + 2])] for side in ("chosen", "rejected")]
         return Pair(ids[0], ids[1], int(self._prompt["chosen"][row]), int(self._prompt["rejected"][row]),
                     int(self._shared[row]))
 
@@ -168,9 +169,9 @@ def load_pairs(source: Source, pretrained: Pretrained, config: DataConfig) -> tu
     lost, identical, empty = (np.asarray(table[name]) for name in ("lost", "identical", "empty"))
     dropped = np.zeros(len(table), bool)
     if config.overlong == "error" and lost.any():
-        raise ValueError(f"{source.name}, {source.unit} {int(np.asarray(table['index'])[lost > 0][0]) + 1}: the pair is "
-                         f"longer than data.max_length ({config.max_length}); raise it, or set data.overlong to "
-                         "'truncate' or 'drop'")
+        first = int(np.asarray(table["index"])[lost > 0][0])
+        raise ValueError(f"{source.where(first)}: the pair is longer than data.max_length ({config.max_length}); raise "
+                         "it, or set data.overlong to 'truncate' or 'drop'")
     for policy, hit in ((config.overlong, lost > 0), (config.identical, identical), (config.empty, empty)):
         if policy == "drop":
             dropped |= hit
@@ -392,9 +393,9 @@ def total_steps(batches: Batches, num_train_epochs: float, max_steps: int) -> in
 def check_tables(pairs: Pairs, vocab_size: int, max_positions: int, name: str) -> None:
     """Raises a ValueError for ids or positions past the model's tables: JAX would clamp them in silence."""
     if pairs.max_id() >= vocab_size:
-        raise ValueError(f"{name}: token ids must be below the model's vocab_size ({vocab_size}), got {pairs.max_id()}; "
-                         "the tokenizer belongs to another model")
+        raise ValueError(f"{name}: token ids must be below the model's vocab_size ({vocab_size}), "
+                         f"got {pairs.max_id()}; the tokenizer belongs to another model")
     longest = int(pairs.sequence_lengths().max())
     if longest > max_positions:
-        raise ValueError(f"{name}: sequences must be at most the model's {max_positions} positions, got {longest} tokens; "
-                         f"lower data.max_length to {max_positions}")
+        raise ValueError(f"{name}: sequences must be at most the model's {max_positions} positions, got {longest} "
+                         f"tokens; lower data.max_length to {max_positions}")

@@ -42,8 +42,8 @@ Table = tuple[Weight, ...]
 def projection(path: str, hf: str, layout: str, bias: str | None = None) -> Table:
     """Returns the rows of a linear map and, where `bias` gives its layout, of its bias."""
     hf = f"model.layers.{{l}}.{hf}"
-    rows = [Weight(f"layers/{path}", f"{hf}.weight", layout)]
-    return (*rows, Weight(f"layers/{path}_bias", f"{hf}.bias", bias)) if bias else tuple(rows)
+    weight = Weight(f"layers/{path}/weight", f"{hf}.weight", layout)
+    return (weight, Weight(f"layers/{path}/bias", f"{hf}.bias", bias)) if bias else (weight,)
 
 
 def llama_table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> Table:
@@ -185,7 +185,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; model.path must name a folder or hub id in Hugging Face format") from None
+        raise ValueError(f"{file}: no such file; model.path must name a model in Hugging Face format") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: must be JSON, got {error}") from None
 

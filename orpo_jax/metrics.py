@@ -89,7 +89,7 @@ class TensorboardSink:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
-            raise ValueError("log.report_to: tensorboard needs a package; pip install 'orpo-jax[tensorboard]'") from None
+            raise ValueError("log.report_to: tensorboard needs tensorboardX; pip install tensorboardX") from None
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -104,9 +104,9 @@ class TensorboardSink:
 class WandbSink:
     def __init__(self, folder: pathlib.Path, config: Mapping[str, Any]):
         try:
-            import wandb
+            import wandb  # type: ignore[import-not-found]
         except ImportError:
-            raise ValueError("log.report_to: wandb needs a package; pip install 'orpo-jax[wandb]'") from None
+            raise ValueError("log.report_to: wandb needs wandb; pip install wandb") from None
         id_file = folder / "wandb_id"
         run_id = id_file.read_text() if id_file.exists() else None
         self.run = wandb.init(id=run_id, resume="allow", dir=str(folder), name=config["log"]["run_name"],
@@ -149,7 +149,9 @@ class Meter:
     def add(self, sums: Mapping[str, Any], info: Any) -> None:
         self.record.parts.append(sums)
         self.record.tokens += info.tokens
-        self.tokens, self.slots, self.pairs = self.tokens + info.tokens, self.slots + info.slots, self.pairs + info.pairs
+        self.tokens += info.tokens
+        self.slots += info.slots
+        self.pairs += info.pairs
 
     def end_interval(self, step: int, grad_norm: Any, learning_rate: Any) -> None:
         counts = self.record.counts
@@ -171,8 +173,8 @@ class Meter:
         speed = {"tokens_per_second": tokens / seconds, "pairs_per_second": pairs / seconds,
                  "padding_fraction": 1 - tokens / slots}
         self.sinks.write(step, values | speed | device_memory())
-        log.info("step %d of %d: loss %.4f  nll %.4f  accuracy %.3f  margin %.4f  grad %.3f  lr %.2e  %.2f pairs/s", step,
-                 self.total_steps, values["loss"], values["nll_loss"], values["rewards/accuracies"],
+        log.info("step %d of %d: loss %.4f  nll %.4f  accuracy %.3f  margin %.4f  grad %.3f  lr %.2e  %.2f pairs/s",
+                 step, self.total_steps, values["loss"], values["nll_loss"], values["rewards/accuracies"],
                  values["rewards/margins"], values["grad_norm"], values["learning_rate"], speed["pairs_per_second"])
         if not np.isfinite(values["loss"]):
             log.warning("step %d: the loss is not finite; a lower optim.learning_rate usually helps", step)

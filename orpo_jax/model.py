@@ -61,10 +61,18 @@ def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
     return scale_D * x32.astype(x_BTD.dtype)
 
 
-def project(einsum: str, x: Array, weight: nnx.Param | None, bias: nnx.Param | None) -> Array:
-    assert weight is not None
-    y = jnp.einsum(einsum, x, weight[...])
-    return y if bias is None else y + bias[...]
+class Linear(nnx.Module):
+    """A linear map as an einsum, with a bias if the family has one."""
+
+    def __init__(self, param: Param, path: str, einsum: str):
+        self.weight = param(f"{path}/weight")
+        self.bias = param(f"{path}/bias")
+        self.einsum = einsum
+
+    def __call__(self, x: Array) -> Array:
+        assert self.weight is not None
+        y = jnp.einsum(self.einsum, x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
 
 
 class Norm(nnx.Module):
@@ -79,30 +87,28 @@ class Norm(nnx.Module):
 
 class Attention(nnx.Module):
     def __init__(self, param: Param, path: str):
-        for name in ("q", "k", "v", "o"):
-            setattr(self, name, param(f"{path}/{name}"))
-            setattr(self, f"{name}_bias", param(f"{path}/{name}_bias"))
+        self.q = Linear(param, f"{path}/q", "btd,dnh->btnh")
+        self.k = Linear(param, f"{path}/k", "btd,dkh->btkh")
+        self.v = Linear(param, f"{path}/v", "btd,dkh->btkh")
+        self.o = Linear(param, f"{path}/o", "btnh,nhd->btd")
 
     def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
-        q_BTNH = rope_lib.rotate(project("btd,dnh->btnh", x_BTD, self.q, self.q_bias), *rotation)
-        k_BTKH = rope_lib.rotate(project("btd,dkh->btkh", x_BTD, self.k, self.k_bias), *rotation)
-        v_BTKH = project("btd,dkh->btkh", x_BTD, self.v, self.v_bias)
-        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window, cache)
-        return project("btnh,nhd->btd", out_BTNH, self.o, self.o_bias), cache
+        q_BTNH = rope_lib.rotate(self.q(x_BTD), *rotation)
+        k_BTKH = rope_lib.rotate(self.k(x_BTD), *rotation)
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, self.v(x_BTD), window, cache)
+        return self.o(out_BTNH), cache
 
 
 class GatedMlp(nnx.Module):
     def __init__(self, param: Param, path: str, activation: str):
-        for name in ("gate", "up", "down"):
-            setattr(self, name, param(f"{path}/{name}"))
-            setattr(self, f"{name}_bias", param(f"{path}/{name}_bias"))
+        self.gate = Linear(param, f"{path}/gate", "btd,df->btf")
+        self.up = Linear(param, f"{path}/up", "btd,df->btf")
+        self.down = Linear(param, f"{path}/down", "btf,fd->btd")
         self.activation = activation
 
     def __call__(self, x_BTD: Array) -> Array:
-        gate_BTF = ACTIVATIONS[self.activation](project("btd,df->btf", x_BTD, self.gate, self.gate_bias))
-        return project("btf,fd->btd", gate_BTF * project("btd,df->btf", x_BTD, self.up, self.up_bias), self.down,
-                       self.down_bias)
+        return self.down(ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD))
 
 
 class Layer(nnx.Module):

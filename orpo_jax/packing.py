@@ -19,7 +19,7 @@ import numpy as np
 
 
 class Pair(NamedTuple):
-    """One tokenised pair: whole sequences, prompt included, how many ids are prompt, and how many of those are shared."""
+    """One tokenised pair: whole sequences, how many of their ids are prompt, and how many of those both share."""
 
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray

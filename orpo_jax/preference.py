@@ -66,7 +66,7 @@ def split_prompt(row: Mapping[str, Any], where: str) -> Prompted:
         return prompt, chosen, rejected
     if kind == "text":
         raise ValueError(f"{where}: prompt is a list of messages, so chosen and rejected must be too, got text")
-    if prompt_kind == "messages":
+    if isinstance(prompt, list):
         count = len(prompt)
         if count and chosen[:count] == prompt == rejected[:count]:  # the responses repeat the prompt
             return prompt, chosen[count:], rejected[count:]
@@ -167,7 +167,8 @@ class Encoder:
         for i, texts in enumerate(batch):
             sides = [self._side(encoded["input_ids"][j], encoded["offset_mapping"][j], texts)
                      for j in (2 * i, 2 * i + 1)]
-            pair = make_pair(*(np.array(ids, np.int32) for ids, _ in sides), *(prompt for _, prompt in sides))
+            (chosen, chosen_prompt), (rejected, rejected_prompt) = sides
+            pair = make_pair(np.array(chosen, np.int32), np.array(rejected, np.int32), chosen_prompt, rejected_prompt)
             cut = truncate(pair, self.config, self.tokenizer.bos_token_id)
             pairs.append(cut)
             lost.append(sum(map(len, pair[:2])) - sum(map(len, cut[:2])))

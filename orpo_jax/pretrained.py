@@ -7,7 +7,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from orpo_jax.families import read_config
 
@@ -20,7 +20,7 @@ class Pretrained:
     folder: pathlib.Path
     config: dict[str, Any]
     generation_config: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # a fast transformers tokenizer
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

@@ -40,8 +40,8 @@ def open_run(folder: pathlib.Path, config: Config) -> int | None:
             shutil.rmtree(folder)
         return None
     if different:
-        raise ValueError(f"output_dir: {folder} holds a run of another config ({'; '.join(different)}); choose another, "
-                         "or delete that run with checkpoint.overwrite=True")
+        raise ValueError(f"output_dir: {folder} holds a run of another config ({'; '.join(different)}); choose "
+                         "another, or delete that run with checkpoint.overwrite=True")
     if not config.checkpoint.resume:
         raise ValueError(f"output_dir: {folder} holds a run, and checkpoint.resume is off; choose another, or delete "
                          "that run with checkpoint.overwrite=True")

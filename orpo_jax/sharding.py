@@ -5,6 +5,7 @@ gathered where they are used; `tensor` splits heads, mlp and vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -15,12 +16,12 @@ BATCH_AXES = ("data", "fsdp")
 
 # Letter of a weight's axis (families.py) -> mesh axis. Axes not named here are whole on every device.
 RULES = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
-# Few key/value heads, and vocabularies of any size, are whole on every device where the mesh axis does not divide them.
+# Few key/value heads, and odd vocabularies, are whole on every device where the mesh axis does not divide them.
 WHOLE_IF_UNEVEN = "kv"
 
 
-def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of the config's axis sizes, -1 filled in; ValueError where they do not multiply to the devices."""
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Returns the mesh of the config's axis sizes, -1 filled in; ValueError if they do not multiply to the devices."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: sizes[axis] for axis in MESH_AXES}
     known = 1

@@ -29,7 +29,7 @@ class TrainState(NamedTuple):
 
 
 def compute_dtype(dtype: str, platform: str) -> jnp.dtype:
-    """Returns the type of activations; 'auto' is float32 on CPU, whose bfloat16 is three times slower, else bfloat16."""
+    """Returns the type of activations; 'auto' is float32 on CPU, where bfloat16 is three times slower."""
     return jnp.dtype({"auto": "float32" if platform == "cpu" else "bfloat16"}.get(dtype, dtype))
 
 
@@ -86,7 +86,7 @@ def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, remat: str)
 
 
 def _over_micro_batches(batch: StepBatch, one: Any, shapes: Any) -> Any:
-    """Returns the sum of `one(rows)` over the step's micro-batches; the trip count is data, so that one program fits."""
+    """Returns the sum of `one(rows)` over the micro-batches; the trip count is data: one program fits all steps."""
     def add(i: Array, total: Any) -> Any:
         rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch.rows)
         return jax.tree.map(jnp.add, total, one(rows))
@@ -129,7 +129,7 @@ def make_eval_step(model: Model, shardings: TrainState) -> Any:
     """Returns the jitted `(params, batch) -> sums` of held-out rows."""
     def eval_step(params: Params, batch: StepBatch) -> Sums:
         one_rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.rows)
-        one = lambda rows: model.sums(params, rows)  # noqa: E731
+        one = lambda rows: model.sums(params, rows)
         return _over_micro_batches(batch, one, jax.eval_shape(one, one_rows))
 
     return jax.jit(eval_step, in_shardings=(shardings.params, _batch_shardings(shardings.step.mesh)),

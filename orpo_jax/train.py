@@ -6,6 +6,7 @@ The same command again goes on from the newest checkpoint; a finished run says s
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
     """
     config = config if isinstance(config, Config) else config_lib.build(config)
     set_up_logging()
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(data.CACHE / "xla"))
 
     # The folder comes first: if it holds another run, nothing else may happen.

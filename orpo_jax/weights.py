@@ -1,4 +1,4 @@
-"""safetensors <-> parameters, both ways through the family's one table. No PyTorch; host memory holds a shard at a time.
+"""safetensors <-> parameters, both ways through the family's one table. No PyTorch, and bounded host memory.
 
 Parameters are a nested dict of arrays, layers stacked along a leading axis. On import each device's part is read as
 slices of the files' tensors; on export one tensor is gathered at a time.
@@ -168,7 +168,7 @@ def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.fl
         for weight in arch.table:
             leaf, parts = abstract[weight.path], {}
 
-            def read(index: tuple, weight=weight, shape=leaf.shape, parts=parts) -> np.ndarray:
+            def read(index: Any, weight=weight, shape=leaf.shape, parts=parts) -> np.ndarray:
                 bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
                 if bounds not in parts:  # devices that hold the same part share one read
                     parts[bounds] = _read_part(tensors, weight, bounds, arch).astype(dtype)
@@ -187,13 +187,10 @@ def _read_part(tensors: Tensors, weight: Weight, bounds: tuple, arch: Architectu
     local = dict(zip(weight.axes[stacked:], bounds[stacked:], strict=True))
     if arch.added_rows and "v" in local:
         return _read_grown(tensors.slice(names[0]), local, arch.spec.vocab_size - arch.added_rows)
-    return_parts = []
-    for layer in layers:
-        part = tensors.slice(names[layer])
-        block = part[tuple(_hf_slice(group, local, arch.spec.sizes) for group in _groups(weight.layout))]
-        sizes = {letter: stop - start for letter, (start, stop) in local.items()}
-        return_parts.append(einops.rearrange(block, weight.layout, **sizes))
-    return np.stack(return_parts) if stacked else return_parts[0]
+    cut = tuple(_hf_slice(group, local, arch.spec.sizes) for group in _groups(weight.layout))
+    sizes = {letter: stop - start for letter, (start, stop) in local.items()}
+    parts = [einops.rearrange(tensors.slice(names[layer])[cut], weight.layout, **sizes) for layer in layers]
+    return np.stack(parts) if stacked else parts[0]
 
 
 def _hf_slice(group: list[str], local: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> slice:

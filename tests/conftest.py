@@ -9,8 +9,7 @@ os.environ["ORPO_JAX_CACHE"] = tempfile.mkdtemp(prefix="orpo_jax_test_cache_")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import pytest  # noqa: E402
-
+import pytest
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +18,14 @@ def model_folder(tmp_path_factory):
     import tiny
 
     return tiny.write_model(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """A run on one of the eight devices, whatever the config's mesh."""
+    import jax
+
+    from orpo_jax import sharding
+
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(sharding.jax, "devices", lambda *_: devices)

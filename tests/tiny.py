@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from orpo_jax import weights
 from orpo_jax.families import architecture
 
-WORDS = ("the sky is blue green and very clear today we walk over a small hill to find red flowers near our old house "
-         "please tell me what you think about cats dogs rivers mountains with some good reasons thank you kindly "
-         "sure here goes nothing ask again later maybe it depends on many things").split()
+TEXT = """the sky is blue green and very clear today we walk over a small hill to find red flowers near our old house
+please tell me what you think about cats dogs rivers mountains with some good reasons thank you kindly sure here goes
+nothing ask again later maybe it depends on many things"""
+WORDS = TEXT.split()
 
 # Ends in exactly one EOS, so that it is templated alike by trainers that append one where there is none.
 TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
