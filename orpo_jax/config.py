@@ -344,7 +344,7 @@ def build(values: Mapping[str, Any], cls: type[T] = Config, path: str = "") -> T
         value: Any = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
         if dataclasses.is_dataclass(kind):
             check(isinstance(value, Mapping), path + name, "must be a section", value)
-            value = build(value, kind, f"{path}{name}.")
+            value = build(value, typing.cast(type, kind), f"{path}{name}.")
         else:
             check(_matches(value, kind), path + name, f"must be {_describe(kind)}", value)
             value = float(value) if kind is float else value

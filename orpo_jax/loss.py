@@ -82,8 +82,9 @@ def orpo_sums(logps_BT: Array, mean_logits_BT: Array, nll_weights_BT: Array, seg
     counts_BS2 = per_response(jnp.ones_like(logps_BT))
     # An empty response has no mean. Its pair weighs 0; -1 keeps its terms and their gradients finite.
     mean_logps_BS2 = jnp.where(counts_BS2 > 0, per_response(logps_BT) / jnp.maximum(counts_BS2, 1), -1.0)
-    logits_2 = jnp.sum(per_response(jax.lax.stop_gradient(mean_logits_BT)), axis=(0, 1))
-    tokens_2 = jnp.sum(counts_BS2, axis=(0, 1))
+    weights_BS2 = pair_weights_BS[..., None]
+    logits_2 = jnp.sum(weights_BS2 * per_response(jax.lax.stop_gradient(mean_logits_BT)), axis=(0, 1))
+    tokens_2 = jnp.sum(weights_BS2 * counts_BS2, axis=(0, 1))
     return pair_sums(mean_logps_BS2[..., 0], mean_logps_BS2[..., 1], pair_weights_BS) | {
         "nll": -jnp.sum(nll_weights_BT * logps_BT),
         "nll_weight": jnp.sum(nll_weights_BT),

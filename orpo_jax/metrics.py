@@ -144,34 +144,32 @@ class Meter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        self.began, self.tokens, self.slots, self.pairs = time.monotonic(), 0, 0, 0
+        self.began, self.tokens, self.pairs = time.monotonic(), 0, 0
 
     def add(self, sums: Mapping[str, Any], info: Any) -> None:
-        self.record.parts.append(sums)
+        self.record.parts.append({**sums, "tokens": info.tokens, "slots": info.slots})
         self.record.tokens += info.tokens
         self.tokens += info.tokens
-        self.slots += info.slots
         self.pairs += info.pairs
 
     def end_interval(self, step: int, grad_norm: Any, learning_rate: Any) -> None:
-        counts = self.record.counts
-        facts = {"num_tokens": self.record.tokens, "truncated_fraction": counts["truncated"] / counts["pairs"]}
-        self.pending = (step, grad_norm, learning_rate, facts, self.began, self.tokens, self.slots, self.pairs)
+        self.pending = (step, grad_norm, learning_rate, self.record.tokens, self.began, self.tokens, self.pairs)
         self.restart_clock()
 
     def write_pending(self) -> None:
         if self.pending is None:
             return
-        step, grad_norm, learning_rate, facts, began, tokens, slots, pairs = self.pending
+        step, grad_norm, learning_rate, num_tokens, began, tokens, pairs = self.pending
         self.pending = None
         sums = add_sums(jax.device_get(self.record.parts))
         self.record.parts.clear()
-        seconds = time.monotonic() - began
+        seconds, counts = time.monotonic() - began, self.record.counts
         values = {"epoch": round(step / self.steps_per_epoch, 6), **loss.metrics(sums, beta=self.beta),
-                  "grad_norm": float(grad_norm), "learning_rate": float(learning_rate), **facts}
+                  "grad_norm": float(grad_norm), "learning_rate": float(learning_rate), "num_tokens": num_tokens,
+                  "padding_fraction": 1 - sums["tokens"] / sums["slots"],
+                  "truncated_fraction": counts["truncated"] / counts["pairs"]}
         self.record.metrics.update(values)
-        speed = {"tokens_per_second": tokens / seconds, "pairs_per_second": pairs / seconds,
-                 "padding_fraction": 1 - tokens / slots}
+        speed = {"tokens_per_second": tokens / seconds, "pairs_per_second": pairs / seconds}
         self.sinks.write(step, values | speed | device_memory())
         log.info("step %d of %d: loss %.4f  nll %.4f  accuracy %.3f  margin %.4f  grad %.3f  lr %.2e  %.2f pairs/s",
                  step, self.total_steps, values["loss"], values["nll_loss"], values["rewards/accuracies"],

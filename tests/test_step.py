@@ -1,0 +1,170 @@
+"""The step's numbers do not depend on the mesh, the micro-batches, the rows or the sharing of prompts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from orpo_jax import config as config_lib
+from orpo_jax import data, loss, optim, pretrained, sharding, weights
+from orpo_jax import step as step_lib
+from orpo_jax.families import architecture, flatten
+
+PAIRS = 24
+# Every axis size of a mesh of 8 divides these.
+WIDE = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8, intermediate_size=64)
+
+
+def meshes():
+    sizes = [1, 2, 4, 8]
+    return [(d, f, t) for d in sizes for f in sizes for t in sizes if d * f * t == 8]
+
+
+class Trial:
+    """One model and one set of pairs, stepped under any layout."""
+
+    def __init__(self, folder, rows=None, **orpo):
+        base = pretrained.open_pretrained(str(folder))
+        self.folder, self.orpo = folder, config_lib.OrpoConfig(**{"beta": 0.3, **orpo})
+        self.data_config = config_lib.DataConfig(train="rows", max_length=64, shuffle=False)
+        rows = rows or [row for kind in ("standard", "conversational") for row in tiny.make_rows(PAIRS // 2, kind)]
+        self.pairs, _ = data.load_pairs(data.from_rows(rows, "rows"), base, self.data_config)
+        self.arch = architecture(base.config, 64)
+
+    def step(self, mesh_sizes=(1, 1, 1), *, rows_per_device=1, steps=1, remat="none", optimizer=None, chunks=None,
+             learning_rate=1e-3, dtype=jnp.float32, **data_changes):
+        """Returns the metrics of the last step, the weights after it, and the jitted step."""
+        count = int(np.prod(mesh_sizes))
+        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)), jax.devices()[:count])
+        config = dataclasses.replace(self.data_config, **data_changes)
+        layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), 408, "cpu")
+        batches = data.Batches(self.pairs, layout, PAIRS, self.orpo, None)
+        optim_config = config_lib.OptimConfig(learning_rate=learning_rate, lr_scheduler_type="constant")
+        optimizer = optimizer or optim.make_optimizer(optim_config, 10, self.arch.decay_mask())
+        with jax.set_mesh(mesh):
+            abstract = weights.abstract_params(self.arch, jnp.float32, mesh)
+            shardings = step_lib.state_shardings(abstract, optimizer, mesh)
+            params = weights.load_params(self.folder, self.arch, mesh=mesh)
+            state = step_lib.initial_state(params, optimizer, shardings)
+            model = step_lib.make_model(self.arch, layout, dtype, remat)
+            if chunks:
+                model = dataclasses.replace(model, chunks=chunks)
+            train_step = step_lib.make_train_step(
+                model, optimizer, optim.learning_rate_schedule(optim_config, 10), self.orpo.beta, shardings)
+            for step in range(steps):
+                batch, _ = batches.batch(step)
+                state, sums, grad_norm, _ = train_step(state, data.to_devices(batch, sharding.batch_sharding(mesh)))
+        sums = {name: float(value) for name, value in sums.items()}
+        metrics = {**loss.metrics(sums, beta=self.orpo.beta), "grad_norm": float(grad_norm)}
+        return metrics, flatten(jax.device_get(state.params)), train_step, int(batch.num_micro)
+
+
+def assert_same(got, expected, *, weights_within=1e-5):
+    for name, value in expected[0].items():
+        assert abs(got[0][name] - value) <= 1e-4 * max(abs(value), 1e-2), name
+    for name, value in expected[1].items():
+        error = np.linalg.norm(got[1][name] - value) / np.linalg.norm(value)
+        assert error <= weights_within, f"{name} differs by {error}"
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory):
+    """A model with a head of its own and one whose head is the embedding, each with its one-device numbers."""
+    made = {tied: Trial(tiny.write_model(tmp_path_factory.mktemp("wide"), scale=0.1, tie_word_embeddings=tied, **WIDE))
+            for tied in (False, True)}
+    return {tied: (trial, trial.step()) for tied, trial in made.items()}
+
+
+@pytest.fixture(scope="module")
+def trial(trials):
+    return trials[True][0]
+
+
+@pytest.fixture(scope="module")
+def expected(trials):
+    return trials[True][1]
+
+
+@pytest.mark.parametrize(("mesh", "tied"), [
+    *((mesh, False) for mesh in meshes()), ((2, 2, 2), True), ((1, 8, 1), True)], ids=str)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_every_mesh_gives_the_one_device_numbers(trials, mesh, tied, micro_batches):
+    trial, expected = trials[tied]
+    shards = mesh[0] * mesh[1]
+    # One pair to a row, so that 24 rows make the wanted number of micro-batches on any mesh.
+    got = trial.step(mesh, packing=False, rows_per_device=PAIRS // shards // micro_batches)
+    assert got[3] == micro_batches
+    assert_same(got, expected)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(packing=False), dict(share_prompt=False), dict(packing=False, share_prompt=False), dict(row_length=256),
+    dict(rows_per_device=5), dict(remat="full"), dict(chunks=4), dict(row_length=97, rows_per_device=2),
+], ids=str)
+def test_no_layout_changes_a_number(trial, expected, changes):
+    assert_same(trial.step(**changes), expected)
+
+
+def test_a_window_is_exact_in_shared_rows(tmp_path):
+    """Windows compare positions: branches of one pair lie far apart in a row, and near in their sequences."""
+    trial = Trial(tiny.write_model(tmp_path, scale=0.3, model_type="mistral", sliding_window=5))
+    expected = trial.step(packing=False, share_prompt=False)
+    assert_same(trial.step(), expected)
+    without = Trial(tiny.write_model(tmp_path / "without", scale=0.3, model_type="mistral", sliding_window=None))
+    assert abs(without.step()[0]["loss"] - expected[0]["loss"]) > 1e-3
+
+
+@pytest.mark.parametrize("orpo", [
+    dict(nll_scope="completion"), dict(nll_reduction="sequence"), dict(beta=0.0)], ids=str)
+def test_options_of_the_loss_hold_in_every_layout(trial, orpo):
+    other = Trial(trial.folder, **orpo)
+    expected = other.step(packing=False, share_prompt=False)
+    assert_same(other.step(), expected)
+    assert abs(expected[0]["nll_loss"] - trial.step()[0]["nll_loss"]) > 1e-4 or "beta" in orpo
+
+
+def test_pad_equal_to_eos_changes_nothing(tmp_path):
+    models = [tiny.write_model(tmp_path / str(pad), tokenizer=tiny.make_tokenizer(pad=pad), scale=0.1)
+              for pad in ("<pad>", "<eos>", None)]
+    first, *others = (Trial(model).step() for model in models)
+    for other in others:
+        assert other[0] == first[0]
+
+
+def test_an_empty_response_is_finite_and_weighs_nothing(tmp_path):
+    """With no BOS and no prompt, a response of one token has no target."""
+    tokenizer = tiny.make_tokenizer(bos=None)
+    folder = tiny.write_model(tmp_path, tokenizer=tokenizer, scale=0.1)
+    rows = tiny.make_rows(6, "standard")
+    lone = {"prompt": "", "chosen": "<eos>", "rejected": " good cats and dogs"}
+    with_lone, without = Trial(folder, rows=[*rows, lone]).step(), Trial(folder, rows=rows).step()
+    assert all(np.isfinite(value) for value in with_lone[0].values())
+    assert all(np.isfinite(leaf).all() for leaf in with_lone[1].values())
+    assert_same(with_lone, without)
+
+
+def test_fifty_steps_compile_once(trial):
+    rows = [row for seed in range(50) for row in tiny.make_rows(PAIRS, "standard", seed)]
+    _, _, train_step, _ = Trial(trial.folder, rows=rows).step(steps=50, learning_rate=1e-4)
+    assert train_step._cache_size() == 1
+
+
+def test_weights_and_moments_are_split_over_the_mesh(trial):
+    mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=2))
+    abstract = weights.abstract_params(trial.arch, jnp.float32, mesh)
+    for name in ("adamw", "lion", "adafactor", "sgd"):
+        optimizer = optim.make_optimizer(config_lib.OptimConfig(name=name), 10, trial.arch.decay_mask())
+        shardings = step_lib.state_shardings(abstract, optimizer, mesh)
+        state = step_lib.abstract_state(abstract, optimizer, shardings)
+        for leaf in jax.tree.leaves(state):
+            if leaf.size > 64 * 8 * 2:  # all but norms, counters and adafactor's factors
+                assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 == leaf.size, (name, leaf)
+
+
+def test_bfloat16_is_near_float32(trial, expected):
+    got = trial.step(dtype=jnp.bfloat16)
+    assert abs(got[0]["loss"] - expected[0]["loss"]) < 0.02 * expected[0]["loss"]
+    assert got[0]["loss"] != expected[0]["loss"]
