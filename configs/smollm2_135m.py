@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct on preference rows of your own: a real model that a laptop's CPU can train.
 
-    python -m orpo_jax.train --config configs/smollm2_135m.py --config.data.train=TRAIN.jsonl --config.data.eval=HELD_OUT.jsonl
+    python -m orpo_jax.train --config configs/smollm2_135m.py --config.data.train=A.jsonl --config.data.eval=B.jsonl
 """
 
 from orpo_jax import config as config_lib
@@ -17,10 +17,10 @@ def get_config():
     config.optim.learning_rate = 2e-5
     config.optim.lr_scheduler_type = "cosine"
     config.optim.warmup_steps = 3
-    config.train.batch_size = 16
-    config.train.max_steps = 30
+    config.train.batch_size = 8
+    config.train.max_steps = 24
     config.eval.eval_strategy = "steps"
-    config.eval.eval_steps = 30
+    config.eval.eval_steps = 24
     config.eval.eval_on_start = True
-    config.log.logging_steps = 5
+    config.log.logging_steps = 4
     return config

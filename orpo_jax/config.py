@@ -284,7 +284,7 @@ def _default_value(field: dataclasses.Field) -> Any:
     return field.default_factory() if callable(field.default_factory) else field.default
 
 
-def default() -> ml_collections.ConfigDict:
+def default() -> Any:  # Any: a type checker can't follow a ConfigDict's attributes
     """Returns every setting with its default as a locked ConfigDict, for a config file's `get_config` to edit."""
     return _to_config_dict(Config)
 
@@ -359,7 +359,7 @@ def _parse(text: str, kind: Any, key: str) -> Any:
     """Returns the value that a flag's text stands for, by the type of its field."""
     for option in typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,):
         if typing.get_origin(option) is tuple:
-            return tuple(part.strip() for part in text.strip("()[]").split(",") if part.strip())
+            return tuple(part.strip(" '\"") for part in text.strip("()[]").split(",") if part.strip())
         if option is str or (typing.get_origin(option) is Literal and text in typing.get_args(option)):
             if text == "None" and _matches(None, kind):
                 return None

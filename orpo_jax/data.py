@@ -158,6 +158,14 @@ class Pairs(Sequence[Pair]):
         chosen, rejected = self.sequence_lengths().T
         return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
 
+    def digest(self) -> str:
+        """Returns a hash of the token ids themselves: a run that goes on must see the same, wherever they come from."""
+        arrays = (*self._flat.values(), *self._starts.values(), *self._prompt.values(), self.keep)
+        digest = hashlib.sha256()
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:32]
+
     def max_id(self) -> int:
         return max((int(self._flat[side].max(initial=0)) for side in ("chosen", "rejected")), default=0)
 

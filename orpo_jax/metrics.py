@@ -1,11 +1,12 @@
 """Where numbers go: metrics.jsonl, trackers, and progress on a terminal or in a log file."""
 
+import contextlib
 import json
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -141,10 +142,15 @@ class Meter:
         self.record, self.beta, self.sinks = record, beta, sinks
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.pending: tuple | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
         self.began, self.tokens, self.pairs = time.monotonic(), 0, 0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the time of an evaluation out of the training speed, once its own step's line is written."""
+        self.write_pending()
+        start = time.monotonic()
+        yield
+        self.began += time.monotonic() - start
 
     def add(self, sums: Mapping[str, Any], info: Any) -> None:
         self.record.parts.append({**sums, "tokens": info.tokens, "slots": info.slots})
@@ -153,17 +159,19 @@ class Meter:
         self.pairs += info.pairs
 
     def end_interval(self, step: int, grad_norm: Any, learning_rate: Any) -> None:
-        self.pending = (step, grad_norm, learning_rate, self.record.tokens, self.began, self.tokens, self.pairs)
-        self.restart_clock()
+        self.pending = (step, grad_norm, learning_rate, self.record.tokens, self.tokens, self.pairs)
+        self.tokens = self.pairs = 0
 
     def write_pending(self) -> None:
         if self.pending is None:
             return
-        step, grad_norm, learning_rate, num_tokens, began, tokens, pairs = self.pending
+        step, grad_norm, learning_rate, num_tokens, tokens, pairs = self.pending
         self.pending = None
         sums = add_sums(jax.device_get(self.record.parts))
         self.record.parts.clear()
-        seconds, counts = time.monotonic() - began, self.record.counts
+        # From one reading to the next: each waits for the end of its own interval's last step.
+        now, counts = time.monotonic(), self.record.counts
+        seconds, self.began = now - self.began, now
         values = {"epoch": round(step / self.steps_per_epoch, 6), **loss.metrics(sums, beta=self.beta),
                   "grad_norm": float(grad_norm), "learning_rate": float(learning_rate), "num_tokens": num_tokens,
                   "padding_fraction": 1 - sums["tokens"] / sums["slots"],

@@ -54,7 +54,8 @@ def split_prompt(row: Mapping[str, Any], where: str) -> Prompted:
         raise ValueError(f"{where}: must be an object with chosen and rejected, got {_shorten(row)}")
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
-            raise ValueError(f"{where}: needs the column {column}, got {', '.join(map(str, row)) or 'no columns'}")
+            raise ValueError(f"{where}: needs the column {column}, got " + (
+                "null" if column in row else ", ".join(map(str, row)) or "no columns"))
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     kinds = _kind(chosen, "chosen", where), _kind(rejected, "rejected", where)
     if kinds[0] != kinds[1]:

@@ -148,7 +148,7 @@ def prepare(config: Config, folder: pathlib.Path, train_rows: Rows | None, eval_
              config.model.path, sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, dtype, dict(mesh.shape),
              total_steps, config.train.batch_size, layout.row_length, layout.rows)
     return Job(config, pretrained, arch, mesh, batches, {name: b for name, (b, _) in held_out.items()}, total_steps,
-               counts, source.hash, params, optimizer, shardings, model,
+               counts, pairs.digest(), params, optimizer, shardings, model,
                step_lib.make_train_step(model, optimizer, schedule, config.orpo.beta, shardings),
                {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
 
@@ -210,9 +210,8 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
             if step % config.log.logging_steps == 0 or last:
                 meter.end_interval(step, grad_norm, learning_rate)
             if evaluates(config, step, batches.steps_per_epoch, last):
-                meter.write_pending()
-                evaluate_all(job, state, record, step, sinks)
-                meter.restart_clock()
+                with meter.paused():
+                    evaluate_all(job, state, record, step, sinks)
             stop = on_step is not None and on_step(step, loss.metrics(
                 {name: float(value) for name, value in jax.device_get(sums).items()}, beta=config.orpo.beta))
             if stop or last or step % config.checkpoint.save_steps == 0:

@@ -59,7 +59,7 @@ def start(tmp_path, config):
 
 
 def kill_and_restart(tmp_path, config, kills, rng):
-    """Runs the same command until it ends, killing it at random steps; returns how often it went on from a checkpoint."""
+    """Runs one command until it ends, killing it at random steps; returns how often it went on from a checkpoint."""
     metrics, resumed = pathlib.Path(config["output_dir"]) / "metrics.jsonl", 0
     for _ in range(kills):
         process, lines = start(tmp_path, config), rng.randint(5, 15)
@@ -166,8 +166,9 @@ def test_evaluation_does_not_depend_on_its_batch_size(tmp_path, model_folder, ro
 
 
 def test_named_held_out_sets_and_rows_from_a_program(tmp_path, model_folder, rows):
+    both = {"one": rows["data__eval"], "two": rows["data__train"]}
     config = settings(tmp_path / "run", model_folder, train__max_steps=1, eval__eval_on_start=True,
-                      data__train=rows["data__train"], data__eval={"one": rows["data__eval"], "two": rows["data__train"]})
+                      data__train=rows["data__train"], data__eval=both)
     metrics = train.run(config)
     assert {"eval_one_loss", "eval_two_rewards/accuracies"} <= set(metrics)
     config = settings(tmp_path / "from_rows", model_folder, train__max_steps=1, data__eval="rows")

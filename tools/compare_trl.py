@@ -2,9 +2,10 @@
 
     python tools/compare_trl.py --model DIR --data ROWS.jsonl [--steps 8] [--batch-size 4] [--rounds 2] ...
 
-Needs torch and TRL (the `test` extra). Prints both training curves, then the speed of each. Every run is a process of its own, in turns (ours,
-TRL, ours, TRL); the curves are those of the first round. float32, one device, all cores, AdamW without weight decay,
-constant learning rate, gradients clipped at norm 1, no recomputation of activations, rows in file order.
+Needs torch and TRL (the `test` extra). Prints both training curves, then the speed of each. Every run is a process of
+its own, in turns (ours, TRL, ours, TRL); the curves are those of the first round. float32, one device, all cores, AdamW
+without weight decay, constant learning rate, gradients clipped at norm 1, no recomputation of activations, rows in file
+order.
 
 Speed is pairs per second from the end of the first step to the end of the last: loading, tokenisation, compilation,
 the first step, and whatever is saved after the last step, are left out. Both systems finish a step before the next.
