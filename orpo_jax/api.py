@@ -51,6 +51,8 @@ class LoadedModel:
         Raises ValueError if the folder exists and `overwrite` does not allow it to be replaced.
         """
         folder = pathlib.Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder}: must be a folder, got a file; choose another")
         if folder.exists() and any(folder.iterdir()) and not overwrite:
             raise ValueError(f"{folder}: must not exist or be empty, got a folder with files; choose another")
         temporary = folder.with_name(folder.name + ".tmp")
@@ -76,6 +78,8 @@ def _logits(graph: nnx.GraphDef, params: weights.Params, ids_BT: jax.Array) -> j
 def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:
     """Returns the run and the step of a run folder or of one of its step folders; None for anything else."""
     if path.name.isdigit() and path.parent.name == "checkpoints":
+        if not path.is_dir():
+            raise ValueError(f"{path}: no such checkpoint; give the run's folder for the newest one")
         return path.parent.parent, int(path.name)
     if (path / "checkpoints").is_dir():
         step = checkpoint.Checkpoints(path / "checkpoints").latest_step()

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import sys
@@ -124,7 +125,8 @@ class OptimConfig:
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self):
-        check(self.learning_rate >= 0, "optim.learning_rate", "must be at least 0", self.learning_rate)
+        check(0 <= self.learning_rate < math.inf, "optim.learning_rate", "must be at least 0 and finite",
+              self.learning_rate)
         check(self.warmup_steps >= 0, "optim.warmup_steps", "must be at least 0", self.warmup_steps)
         check(0 <= self.warmup_ratio <= 1, "optim.warmup_ratio", "must be from 0 to 1", self.warmup_ratio)
         check(self.weight_decay >= 0, "optim.weight_decay", "must be at least 0", self.weight_decay)
@@ -154,8 +156,8 @@ class TrainConfig:
         check(self.batch_size >= 1, "train.batch_size", "must be at least 1", self.batch_size)
         check(self.max_steps == -1 or self.max_steps >= 1, "train.max_steps", "must be -1 or at least 1",
               self.max_steps)
-        check(self.max_steps > 0 or self.num_train_epochs > 0, "train.num_train_epochs", "must be above 0",
-              self.num_train_epochs)
+        check(self.max_steps > 0 or 0 < self.num_train_epochs < math.inf, "train.num_train_epochs",
+              "must be above 0 and finite", self.num_train_epochs)
         if self.rows_per_device != "auto":
             check(self.rows_per_device >= 1, "train.rows_per_device", "must be 'auto' or at least 1",
                   self.rows_per_device)
@@ -270,8 +272,10 @@ FIELDS = dict(_walk(Config))
 
 def did_you_mean(name: str) -> str:
     """Returns '; did you mean KEY?' for a mistyped dotted key, or its last part, or an empty string."""
+    if name in _sections():
+        return f"; {name} is a section: name a key of it, such as {next(k for k in FIELDS if k.startswith(name))}"
     leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(FIELDS)}
-    close = difflib.get_close_matches(name, FIELDS, n=1) or [
+    close = difflib.get_close_matches(name, [*FIELDS, *_sections()], n=1) or [
         leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)]
     return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
 
@@ -357,7 +361,8 @@ def build(values: Mapping[str, Any], cls: type[T] = Config, path: str = "") -> T
 
 def _parse(text: str, kind: Any, key: str) -> Any:
     """Returns the value that a flag's text stands for, by the type of its field."""
-    for option in typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,):
+    options = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+    for option in sorted(options, key=lambda option: option is str):  # any text is a str: it comes last
         if typing.get_origin(option) is tuple:
             return tuple(part.strip(" '\"") for part in text.strip("()[]").split(",") if part.strip())
         if option is str or (typing.get_origin(option) is Literal and text in typing.get_args(option)):
@@ -378,6 +383,8 @@ def load_file(path: str) -> ml_collections.ConfigDict:
     file = pathlib.Path(path)
     if not file.is_file():
         raise ValueError(f"--config: no such file, got {path!r}")
+    if file.suffix != ".py":
+        raise ValueError(f"--config: must be a Python file (.py) that defines get_config(), got {path!r}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -387,13 +394,15 @@ def load_file(path: str) -> ml_collections.ConfigDict:
         check(isinstance(result, ml_collections.ConfigDict), path, "get_config() must return a ConfigDict", result)
         return result
     except AttributeError as error:
-        if unknown := re.match(r"'?Key \"(\w+)\" does not exist", str(error)):
+        if unknown := re.match(r"\W*(?:Key \W)?(\w+)\W+(?:does not exist|n?Did you mean|$)", str(error)):
             raise ValueError(f"{path}: no such key {unknown[1]!r}{did_you_mean(unknown[1])}") from error
         if not hasattr(module, "get_config"):
             raise ValueError(f"{path}: must define get_config(), which returns a ConfigDict") from error
         raise ValueError(f"{path}: {error}") from error
-    except (TypeError, SyntaxError, KeyError, ImportError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # the file is a program: it raises what it likes
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def from_args(args: list[str]) -> Config:

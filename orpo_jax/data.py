@@ -96,9 +96,8 @@ def _read_folder(path: pathlib.Path, split: str, key: str) -> datasets.Dataset:
 
 def _read_json(path: pathlib.Path) -> Source:
     """Returns a file's rows as lines of JSON, unparsed: a file may hold one array, or a row a line."""
-    opener = {".gz": gzip.open, ".zst": zstandard.open}.get(path.suffix, open)
-    with opener(path, "rb") as file:
-        text = file.read().decode()
+    unpack = {".gz": gzip.decompress, ".zst": _unpack_zst}.get(path.suffix, bytes)
+    text = unpack(path.read_bytes()).decode("utf-8-sig")
     if text.lstrip().startswith("["):
         try:
             lines, unit = [json.dumps(row) for row in json.loads(text)], "row"
@@ -107,6 +106,18 @@ def _read_json(path: pathlib.Path) -> Source:
     else:
         lines, unit = text.split("\n"), "line"
     return Source(datasets.Dataset.from_dict({JSON: lines}), str(path), unit, _hash(text))
+
+
+def _unpack_zst(data: bytes) -> bytes:
+    """Returns the content of all frames; zstandard's own file object takes a file cut short for a whole one."""
+    parts = []
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise EOFError("the file ends in the middle of a frame")
+        data = frame.unused_data
+    return b"".join(parts)
 
 
 def from_rows(rows: Iterable[Mapping[str, Any]] | datasets.Dataset, name: str) -> Source:

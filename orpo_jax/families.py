@@ -79,13 +79,17 @@ def llama_spec(config: Mapping[str, Any], max_length: int, windows: tuple[int | 
     if config["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
                          f"got {config['hidden_act']!r}")
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads, "
+                         f"got {kv_heads}")
     rope = make_rope(config["rope_parameters"], head_dim, positions, max_length)
     return Spec(
         vocab_size=config["vocab_size"],
         d_model=config["hidden_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         d_mlp=config["intermediate_size"],
         norm_eps=config["rms_norm_eps"],
@@ -158,17 +162,9 @@ def architecture(config: Mapping[str, Any], max_length: int, min_rows: int = 0) 
 
     max_length: the longest sequence of the run. min_rows: embedding rows that the tokenizer needs.
     """
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
-    family = FAMILIES[model_type]
-    # transformers' own class fills in the family's defaults, and reads both spellings of the rope settings.
-    known = CONFIG_MAPPING[model_type]
-    try:
-        full = known.from_dict(dict(config)).to_dict()
-    except Exception as error:  # what the class raises is not documented; its text names the field
-        raise ValueError(f"config.json: not a valid {model_type} config: {error}") from error
-    defaults = known().to_dict()
+    full = complete(config)
+    model_type = full["model_type"]
+    family, defaults = FAMILIES[model_type], CONFIG_MAPPING[model_type]().to_dict()
     for field in sorted(set(full) - family.fields - INERT_FIELDS):
         if not field.startswith("_") and (field not in defaults or full[field] != defaults[field]):
             raise ValueError(f"config.json: the field {field!r} is not supported for {model_type}, "
@@ -179,15 +175,31 @@ def architecture(config: Mapping[str, Any], max_length: int, min_rows: int = 0) 
                         added_rows)
 
 
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config.json's fields and the family's defaults of those it leaves out; ValueError for a wrong one."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {model_type!r}")
+    try:
+        # transformers' own class fills in the defaults, and reads both spellings of the rope settings.
+        return CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    except Exception as error:  # what the class raises is not documented; its text names the field
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config.json: not a valid {model_type} config: {reason}") from error
+
+
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """Returns the fields of a model folder's config.json; ValueError names the file that is missing or broken."""
     file = folder / "config.json"
     try:
-        return json.loads(file.read_text())
+        fields = json.loads(file.read_text())
     except FileNotFoundError:
         raise ValueError(f"{file}: no such file; model.path must name a model in Hugging Face format") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: must be JSON, got {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file}: must hold a JSON object, got a {type(fields).__name__}")
+    return fields
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

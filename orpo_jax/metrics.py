@@ -1,12 +1,13 @@
 """Where numbers go: metrics.jsonl, trackers, and progress on a terminal or in a log file."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,12 +86,17 @@ def _step_of(line: str) -> float:
         return float("inf")  # a line cut short by a crash
 
 
+def check_trackers(names: Iterable[str]) -> None:
+    """Raises a ValueError for a tracker whose package is missing, before a run writes anything."""
+    for name, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if name in names and importlib.util.find_spec(package) is None:
+            raise ValueError(f"log.report_to: {name} needs {package}; pip install {package}")
+
+
 class TensorboardSink:
     def __init__(self, folder: pathlib.Path, step: int):
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise ValueError("log.report_to: tensorboard needs tensorboardX; pip install tensorboardX") from None
+        from tensorboardX import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -104,10 +110,8 @@ class TensorboardSink:
 
 class WandbSink:
     def __init__(self, folder: pathlib.Path, config: Mapping[str, Any]):
-        try:
-            import wandb  # type: ignore[import-not-found]
-        except ImportError:
-            raise ValueError("log.report_to: wandb needs wandb; pip install wandb") from None
+        import wandb  # type: ignore[import-not-found]
+
         id_file = folder / "wandb_id"
         run_id = id_file.read_text() if id_file.exists() else None
         self.run = wandb.init(id=run_id, resume="allow", dir=str(folder), name=config["log"]["run_name"],

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
-from orpo_jax.families import read_config
+from orpo_jax.families import complete, read_config
 
 # What to fetch of a hub repository: no pickles, no code.
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -58,11 +58,11 @@ def find_folder(path: str, revision: str | None) -> pathlib.Path:
     except HFValidationError:
         raise ValueError(f"model.path: no such folder, and not a hub id, got {path!r}") from None
     except Exception as error:  # the hub's client raises many kinds, and the network more
-        raise ValueError(f"model.path: no such folder, and the hub gave no {path!r}: {_first_line(error)}") from error
+        raise ValueError(f"model.path: no such folder, and the hub gave no {path!r}: {_in_one_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def open_pretrained(path: str, revision: str | None = None, chat_template: str | None = None) -> Pretrained:
@@ -72,10 +72,11 @@ def open_pretrained(path: str, revision: str | None = None, chat_template: str |
     """
     folder = find_folder(path, revision)
     config = read_config(folder)
+    complete(config)  # first: a wrong field would surface as an error of the tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizer files break in many ways
-        raise ValueError(f"{folder}: the tokenizer can't be read: {_first_line(error)}") from error
+        raise ValueError(f"{folder}: the tokenizer can't be read: {_in_one_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"{folder}: needs a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
     if tokenizer.eos_token_id is None:
@@ -88,5 +89,8 @@ def open_pretrained(path: str, revision: str | None = None, chat_template: str |
                              f"got {chat_template!r}")
         tokenizer.chat_template = chat_template if is_text else file.read_text()
     generation = folder / "generation_config.json"
-    generation_config = json.loads(generation.read_text()) if generation.is_file() else {}
+    try:
+        generation_config = json.loads(generation.read_text()) if generation.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{generation}: must be JSON, got {error}") from None
     return Pretrained(folder, config, generation_config, tokenizer)

@@ -15,8 +15,9 @@ from orpo_jax.pretrained import Pretrained
 BASE_MODEL = "base_model"
 
 
-def open_run(folder: pathlib.Path, config: Config) -> int | None:
-    """Returns the step of the newest checkpoint to go on from, or None to start afresh.
+def open_run(folder: pathlib.Path, config: Config) -> tuple[int | None, bool]:
+    """Returns the step of the newest checkpoint to go on from, or None to start afresh, and whether `start_run` is to
+    delete what the folder holds.
 
     Raises ValueError for a folder that holds anything but a run of this config, unless `checkpoint.overwrite` says
     that another run may be deleted.
@@ -25,8 +26,11 @@ def open_run(folder: pathlib.Path, config: Config) -> int | None:
     files = [file.name for file in folder.iterdir() if file.suffix != ".tmp"] if folder.is_dir() else []
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir: must be a folder, got the file {str(folder)!r}; choose another")
+    nearest = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output_dir: must not lie below a file, got {str(folder)!r}; choose another")
     if not files:
-        return None
+        return None, False
     file = folder / "config.json"
     try:
         saved = json.loads(file.read_text())
@@ -36,9 +40,7 @@ def open_run(folder: pathlib.Path, config: Config) -> int | None:
                          "choose another") from None
     different = config_lib.differences(config, saved)
     if config.checkpoint.overwrite and (different or not config.checkpoint.resume):
-        if jax.process_index() == 0:
-            shutil.rmtree(folder)
-        return None
+        return None, True
     if different:
         raise ValueError(f"output_dir: {folder} holds a run of another config ({'; '.join(different)}); choose "
                          "another, or delete that run with checkpoint.overwrite=True")
@@ -46,13 +48,15 @@ def open_run(folder: pathlib.Path, config: Config) -> int | None:
         raise ValueError(f"output_dir: {folder} holds a run, and checkpoint.resume is off; choose another, or delete "
                          "that run with checkpoint.overwrite=True")
     checkpoints = folder / "checkpoints"
-    return Checkpoints(checkpoints).latest_step() if checkpoints.is_dir() else None
+    return Checkpoints(checkpoints).latest_step() if checkpoints.is_dir() else None, False
 
 
-def start_run(folder: pathlib.Path, config: Config, pretrained: Pretrained) -> None:
+def start_run(folder: pathlib.Path, config: Config, pretrained: Pretrained, replace: bool) -> None:
     """Writes what a run's folder holds from its start, each file or folder whole or absent."""
     if jax.process_index() != 0:
         return
+    if replace:
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2) + "\n")

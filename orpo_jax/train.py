@@ -25,7 +25,7 @@ from orpo_jax.data import Batches
 from orpo_jax.evaluate import evaluate
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.generate import generate
-from orpo_jax.metrics import Meter, Metrics, Progress, log, set_up_logging
+from orpo_jax.metrics import Meter, Metrics, Progress, check_trackers, log, set_up_logging
 from orpo_jax.pretrained import Pretrained, find_folder, open_pretrained
 from orpo_jax.rundir import BASE_MODEL, open_run, start_run
 from orpo_jax.sharding import batch_sharding, make_mesh, num_shards
@@ -50,16 +50,18 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
 
     # The folder comes first: if it holds another run, nothing else may happen.
     folder = pathlib.Path(config.output_dir).expanduser()
-    last_step = open_run(folder, config)
+    check_trackers(config.log.report_to)
+    last_step, replace = open_run(folder, config)
     if (folder / "hf").is_dir() and last_step is not None:
         log.info("%s is finished, at step %d; its model is in %s", folder, last_step, folder / "hf")
         return Checkpoints(folder / "checkpoints").read_meta(last_step)["metrics"]
 
-    job = prepare(config, folder, train_rows, eval_rows, optimizer)
+    base = folder / BASE_MODEL
+    job = prepare(config, base if base.is_dir() and not replace else None, train_rows, eval_rows, optimizer)
     with jax.set_mesh(job.mesh):
         # Read whole before the folder is touched, so that a broken model or checkpoint leaves no trace.
         state, record = first_state(job) if last_step is None else saved_state(job, folder, last_step)
-        start_run(folder, config, job.pretrained)
+        start_run(folder, config, job.pretrained, replace)
         checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
         sinks = Metrics(folder, config_lib.to_dict(config), -1 if last_step is None else last_step)
         state, record, done = train(job, state, record, last_step or 0, checkpoints, sinks, on_step)
@@ -108,12 +110,11 @@ class Job:
     eval_steps: dict[str | None, Callable]
 
 
-def prepare(config: Config, folder: pathlib.Path, train_rows: Rows | None, eval_rows: Rows | None,
+def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, eval_rows: Rows | None,
             optimizer: optax.GradientTransformation | None) -> Job:
     """Reads the data and the model's config, and makes the steps; ValueError for what does not fit together."""
     # A run that goes on reads its own copy: its chat template and tokens are the ones that it was trained with.
-    base = folder / BASE_MODEL
-    pretrained = (open_pretrained(str(base)) if base.is_dir() else
+    pretrained = (open_pretrained(str(base)) if base is not None else
                   open_pretrained(config.model.path, config.model.revision, config.data.chat_template))
     arch = architecture(pretrained.config, config.data.max_length, pretrained.rows_needed)
     mesh = make_mesh(dataclasses.asdict(config.mesh))

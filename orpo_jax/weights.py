@@ -95,8 +95,8 @@ def find_tensors(folder: pathlib.Path) -> Tensors:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            names = sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{index}: must be a safetensors index with a weight_map, got {error!r}") from None
         for name in names:
             if pathlib.Path(name).name != name:
