@@ -237,7 +237,11 @@ def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes
 
     def flush() -> None:
         if jax.process_index() == 0:
-            save_file(pending, folder / f"{len(shards)}.partial", metadata={"format": "pt"})
+            file = folder / f"{len(shards)}.partial"
+            file.touch()
+            mode = file.stat().st_mode  # safetensors makes files that only their owner may read
+            save_file(pending, file, metadata={"format": "pt"})
+            file.chmod(mode)
         shards.append(list(pending))
         pending.clear()
 
