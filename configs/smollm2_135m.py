@@ -1,6 +1,11 @@
 """SmolLM2-135M-Instruct on preference rows of your own: a real model that a laptop's CPU can train.
 
     python -m orpo_jax.train --config configs/smollm2_135m.py --config.data.train=A.jsonl --config.data.eval=B.jsonl
+
+Without data of your own it takes UltraFeedback from the hub (not run here). Measured on two CPU cores (AMD EPYC,
+float32, other work beside it) with 540 pairs of HH-RLHF harmless-base to train on and 60 held out: 24 steps of 8 pairs
+in 8 minutes 20 seconds, evaluations included. Held-out loss went from 3.152 to 2.284, nll_loss from 2.962 to 2.106,
+rewards/accuracies from 0.467 to 0.583, rewards/margins from 0.0029 to 0.0221.
 """
 
 from orpo_jax import config as config_lib

@@ -82,7 +82,7 @@ def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:
             raise ValueError(f"{path}: no such checkpoint; give the run's folder for the newest one")
         return path.parent.parent, int(path.name)
     if (path / "checkpoints").is_dir():
-        step = checkpoint.Checkpoints(path / "checkpoints").latest_step()
+        step = checkpoint.latest_step(path / "checkpoints")
         if step is None:
             raise ValueError(f"{path}: the run has no checkpoint yet")
         return path, step
@@ -99,8 +99,7 @@ def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: 
     pretrained = open_pretrained(str(path) if found is None else str(found[0] / BASE_MODEL))
     meta = None
     if found is not None:
-        checkpoints = checkpoint.Checkpoints(found[0] / "checkpoints")
-        meta = checkpoints.read_meta(found[1])
+        meta = checkpoint.read_meta(found[0] / "checkpoints", found[1])
         max_length = max_length or meta["config"]["data"]["max_length"]
     arch = architecture(pretrained.config, max_length or 1, pretrained.rows_needed)
     if found is None:
@@ -110,7 +109,8 @@ def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: 
         mesh = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh),
                                 weights.abstract_params(arch, jnp.dtype(dtype)))
-        params = checkpoints.restore_params(found[1], abstract)
+        with checkpoint.Checkpoints(found[0] / "checkpoints") as checkpoints:
+            params = checkpoints.restore_params(found[1], abstract)
         assert meta is not None
         dtypes = meta["dtypes"]
     return LoadedModel(pretrained, arch, weights.make_graph(arch), params, dtypes)

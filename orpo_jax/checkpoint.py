@@ -19,9 +19,6 @@ class Checkpoints:
             cleanup_tmp_directories=config is not None, read_only=config is None)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
-    def latest_step(self) -> int | None:
-        return self.manager.latest_step()
-
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to save; returns once the arrays may be given away."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
@@ -62,3 +59,23 @@ class Checkpoints:
 
     def close(self) -> None:
         self.manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+def latest_step(folder: pathlib.Path) -> int | None:
+    """Returns the newest whole checkpoint of a `checkpoints` folder; None if there is none, or no such folder."""
+    if not folder.is_dir():
+        return None
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.manager.latest_step()
+
+
+def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
+    """Returns what was saved beside a step's arrays."""
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.read_meta(step)

@@ -18,7 +18,7 @@ def convert(source: str, output: str, dtype: str | None = None) -> None:
     if found is None:
         raise ValueError(f"--checkpoint: must be a run's folder or one of its checkpoints/STEP, got {source!r}")
     run, step = found
-    meta = checkpoint.Checkpoints(run / "checkpoints").read_meta(step)
+    meta = checkpoint.read_meta(run / "checkpoints", step)
     model = api.load_model(run / "checkpoints" / str(step), meta["config"]["model"]["param_dtype"])
     model = api.with_dtype(model, dtype)
     model.save(output, card=model_card(meta["config"], step, meta["metrics"], meta["counts"]))

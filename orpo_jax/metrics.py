@@ -193,7 +193,8 @@ class Meter:
 class Metrics:
     """Sends each line of numbers to the sinks of `log.report_to`, from process 0 only."""
 
-    def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], step: int):
+    def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], resumed_at: int | None):
+        step = -1 if resumed_at is None else resumed_at
         makers = {
             "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", step),
             "tensorboard": lambda: TensorboardSink(folder, step),

@@ -7,7 +7,7 @@ import shutil
 import jax
 
 from orpo_jax import config as config_lib
-from orpo_jax.checkpoint import Checkpoints
+from orpo_jax.checkpoint import latest_step
 from orpo_jax.config import Config
 from orpo_jax.pretrained import Pretrained
 
@@ -47,8 +47,7 @@ def open_run(folder: pathlib.Path, config: Config) -> tuple[int | None, bool]:
     if not config.checkpoint.resume:
         raise ValueError(f"output_dir: {folder} holds a run, and checkpoint.resume is off; choose another, or delete "
                          "that run with checkpoint.overwrite=True")
-    checkpoints = folder / "checkpoints"
-    return Checkpoints(checkpoints).latest_step() if checkpoints.is_dir() else None, False
+    return latest_step(folder / "checkpoints"), False
 
 
 def start_run(folder: pathlib.Path, config: Config, pretrained: Pretrained, replace: bool) -> None:

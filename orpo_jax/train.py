@@ -5,6 +5,7 @@
 The same command again goes on from the newest checkpoint; a finished run says so and exits.
 """
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -19,7 +20,7 @@ from orpo_jax import api, data, loss, optim, weights
 from orpo_jax import config as config_lib
 from orpo_jax import step as step_lib
 from orpo_jax.card import model_card
-from orpo_jax.checkpoint import Checkpoints
+from orpo_jax.checkpoint import Checkpoints, read_meta
 from orpo_jax.config import Config
 from orpo_jax.data import Batches
 from orpo_jax.evaluate import evaluate
@@ -54,7 +55,7 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
     last_step, replace = open_run(folder, config)
     if (folder / "hf").is_dir() and last_step is not None:
         log.info("%s is finished, at step %d; its model is in %s", folder, last_step, folder / "hf")
-        return Checkpoints(folder / "checkpoints").read_meta(last_step)["metrics"]
+        return read_meta(folder / "checkpoints", last_step)["metrics"]
 
     base = folder / BASE_MODEL
     job = prepare(config, base if base.is_dir() and not replace else None, train_rows, eval_rows, optimizer)
@@ -62,17 +63,15 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
         # Read whole before the folder is touched, so that a broken model or checkpoint leaves no trace.
         state, record = first_state(job) if last_step is None else saved_state(job, folder, last_step)
         start_run(folder, config, job.pretrained, replace)
-        checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint)
-        sinks = Metrics(folder, config_lib.to_dict(config), -1 if last_step is None else last_step)
-        state, record, done = train(job, state, record, last_step or 0, checkpoints, sinks, on_step)
-        checkpoints.close()
+        with (Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints,
+              contextlib.closing(Metrics(folder, config_lib.to_dict(config), last_step)) as sinks):
+            state, done = train(job, state, record, last_step or 0, checkpoints, sinks, on_step)
         if done:
             log.info("writing %s", folder / "hf")
             model = api.LoadedModel(job.pretrained, job.arch, job.model.graph, state.params, record.dtypes)
             model.save(folder / "hf", overwrite=True, card=model_card(
                 config_lib.to_dict(config), job.total_steps, record.metrics, record.counts))
             log.info("done: the model is in %s", folder / "hf")
-        sinks.close()
     return record.metrics
 
 
@@ -177,18 +176,18 @@ def first_state(job: Job) -> tuple[step_lib.TrainState, Record]:
 
 def saved_state(job: Job, folder: pathlib.Path, step: int) -> tuple[step_lib.TrainState, Record]:
     """Returns the state of a checkpoint; ValueError where it is broken, or the rows are not the ones it was made of."""
-    checkpoints = Checkpoints(folder / "checkpoints")
-    record = Record(**checkpoints.read_meta(step))
-    if record.data_hash != job.data_hash:
-        raise ValueError(f"data.train: must be the rows that {folder} was started with, and they have changed; restore "
-                         "them, or choose another output_dir")
-    log.info("going on from step %d of %d", step, job.total_steps)
-    return checkpoints.restore(step, step_lib.abstract_state(job.params, job.optimizer, job.shardings)), record
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        record = Record(**checkpoints.read_meta(step))
+        if record.data_hash != job.data_hash:
+            raise ValueError(f"data.train: must be the rows that {folder} was started with, and they have changed; "
+                             "restore them, or choose another output_dir")
+        log.info("going on from step %d of %d", step, job.total_steps)
+        return checkpoints.restore(step, step_lib.abstract_state(job.params, job.optimizer, job.shardings)), record
 
 
 def train(job: Job, state: step_lib.TrainState, record: Record, start: int, checkpoints: Checkpoints, sinks: Metrics,
-          on_step: Callable | None) -> tuple[step_lib.TrainState, Record, bool]:
-    """Takes the steps after `start`; returns the state, the record and whether that was all of them."""
+          on_step: Callable | None) -> tuple[step_lib.TrainState, bool]:
+    """Takes the steps after `start`, keeping `record`; returns the state, and whether those were all."""
     config, batches = job.config, job.batches
     meter = Meter(record, config.orpo.beta, sinks, job.total_steps, batches.steps_per_epoch)
     sharding = batch_sharding(job.mesh)
@@ -220,9 +219,9 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
             progress.advance()
             if stop and not last:
                 log.info("stopped and saved at step %d of %d", step, job.total_steps)
-                return state, record, False
+                return state, False
     checkpoints.wait()
-    return state, record, True
+    return state, True
 
 
 def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bool:
