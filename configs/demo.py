@@ -55,13 +55,11 @@ def texts():
 
 def make_model(folder: pathlib.Path) -> None:
     """Writes the random model in Hugging Face format, whole or not at all."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    make_tokenizer().save_pretrained(temporary)
-    (temporary / "config.json").write_text(json.dumps(LLAMA, indent=2))
     arch = architecture(LLAMA, 1)
-    weights.save_params(weights.random_params(arch, seed=0), arch, temporary, {})
-    weights.replace_folder(temporary, folder)
+    with weights.whole_folder(folder) as temporary:
+        make_tokenizer().save_pretrained(temporary)
+        (temporary / "config.json").write_text(json.dumps(LLAMA, indent=2))
+        weights.save_params(weights.random_params(arch, seed=0), arch, temporary, {})
 
 
 def get_config():

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 import pathlib
-import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from orpo_jax import checkpoint, generate, head, weights
 from orpo_jax.attention import causal_attention
+from orpo_jax.config import check
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.pretrained import Pretrained, open_pretrained
 from orpo_jax.rundir import BASE_MODEL
@@ -28,7 +29,14 @@ class LoadedModel:
 
     def logits(self, input_ids_BT: Any) -> jax.Array:
         """Returns float32 logits [B, T, V] of right-padded or whole sequences from position 0."""
-        return _logits(self.graph, self.params, jnp.asarray(input_ids_BT, jnp.int32))
+        ids_BT = np.asarray(input_ids_BT)
+        check(ids_BT.ndim == 2 and ids_BT.size > 0, "input_ids", "must be [B, T] ids", ids_BT.shape)
+        self._check_ids(ids_BT.max())
+        return _logits(self.graph, self.params, jnp.asarray(ids_BT, jnp.int32))
+
+    def _check_ids(self, max_id: int) -> None:
+        """JAX would clamp ids past the table in silence."""
+        check(max_id < self.arch.spec.vocab_size, "input_ids", f"must be below {self.arch.spec.vocab_size}", max_id)
 
     def generate(self, prompts: str | Sequence[Any], *, max_new_tokens: int = 128, temperature: float = 0.0,
                  seed: int = 0) -> list[str]:
@@ -37,10 +45,14 @@ class LoadedModel:
         texts = [prompt if isinstance(prompt, str) else tokenizer.apply_chat_template(
             prompt, tokenize=False, add_generation_prompt=True) for prompt in
             ([prompts] if isinstance(prompts, str) else prompts)]
+        if not texts:
+            return []
         bos = tokenizer.bos_token_id
         encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         ids = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in encoded]
-        new = generate.generate(self.graph, self.params, [row or [self.pretrained.stop_ids[0]] for row in ids],
+        ids = [row or [self.pretrained.stop_ids[0]] for row in ids]
+        self._check_ids(max(map(max, ids)))
+        new = generate.generate(self.graph, self.params, ids,
                                 stop_ids=self.pretrained.stop_ids, max_new_tokens=max_new_tokens,
                                 temperature=temperature, seed=seed)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
@@ -55,24 +67,21 @@ class LoadedModel:
             raise ValueError(f"{folder}: must be a folder, got a file; choose another")
         if folder.exists() and any(folder.iterdir()) and not overwrite:
             raise ValueError(f"{folder}: must not exist or be empty, got a folder with files; choose another")
-        temporary = folder.with_name(folder.name + ".tmp")
-        if jax.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            dataclasses.replace(self.pretrained, config=dict(self.arch.config)).save(temporary)
-            if card is not None:
-                (temporary / "README.md").write_text(card)
-        weights.save_params(self.params, self.arch, temporary, self.dtypes)
-        if jax.process_index() == 0:
-            weights.replace_folder(temporary, folder)
+        with weights.whole_folder(folder) as temporary:
+            if jax.process_index() == 0:
+                dataclasses.replace(self.pretrained, config=dict(self.arch.config)).save(temporary)
+                if card is not None:
+                    (temporary / "README.md").write_text(card)
+            weights.save_params(self.params, self.arch, temporary, self.dtypes)
 
 
 @functools.partial(jax.jit, static_argnames="graph")
 def _logits(graph: nnx.GraphDef, params: weights.Params, ids_BT: jax.Array) -> jax.Array:
     module = nnx.merge(graph, params)
     positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
-    hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT))
-    return head.logits(hidden_BTD, module.unembedding())
+    with head.precision(module.dtype):
+        hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT))
+        return head.logits(hidden_BTD, module.unembedding())
 
 
 def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:

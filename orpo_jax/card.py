@@ -1,5 +1,6 @@
 """The model card of an export: what was trained from what, on what, how, and with what result."""
 
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,20 +19,27 @@ SHOWN = ("loss", "nll_loss", "log_odds_ratio", "rewards/accuracies", "rewards/ma
          "logps/rejected")
 
 
-def model_card(config: Mapping[str, Any], steps: int, metrics: Mapping[str, Any], counts: Mapping[str, int]) -> str:
-    """Returns README.md with the front matter that model hubs read. config: the run's, resolved."""
+def model_card(config: Mapping[str, Any], data: str, optimizer: str | None, steps: int, metrics: Mapping[str, Any],
+               counts: Mapping[str, int]) -> str:
+    """Returns README.md with the front matter that model hubs read.
+
+    config: the run's, resolved. data: the source of the rows. optimizer: None for one that the program gave.
+    """
+    def local(path: str) -> bool:
+        return pathlib.Path(path).expanduser().exists()
+
     def name(path: str) -> str:  # a local path says nothing to others, and should not leave the machine
-        return path.rstrip("/").rsplit("/", 1)[-1] if path.startswith((".", "/", "~")) else path
+        return pathlib.Path(path).name if local(path) else path
 
     front: dict[str, Any] = {"library_name": "transformers", "tags": ["orpo", "orpo_jax", "preference-optimization"]}
-    model, data = config["model"]["path"], config["data"]["train"]
-    if model.count("/") == 1 and not model.startswith((".", "~", "runs/")):
+    model, optim = config["model"]["path"], config["optim"]
+    if not local(model):
         front["base_model"] = model
-    optim = config["optim"]
     rows = [
-        ("beta", config["orpo"]["beta"]), ("optimiser", optim["name"]), ("learning rate", optim["learning_rate"]),
-        ("schedule", optim["lr_scheduler_type"]), ("warm-up steps", optim["warmup_steps"]),
-        ("weight decay", optim["weight_decay"]), ("gradient clipping", optim["max_grad_norm"]),
+        ("beta", config["orpo"]["beta"]), ("optimiser", optimizer or "given by the program"),
+        *([("learning rate", optim["learning_rate"]), ("schedule", optim["lr_scheduler_type"]),
+           ("warm-up steps", optim["warmup_steps"]), ("weight decay", optim["weight_decay"]),
+           ("gradient clipping", optim["max_grad_norm"])] if optimizer else []),
         ("pairs per step", config["train"]["batch_size"]), ("steps", steps),
         ("maximum length", config["data"]["max_length"]), ("seed", config["seed"]),
     ]

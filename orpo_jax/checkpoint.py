@@ -40,19 +40,23 @@ class Checkpoints:
         try:
             path = self.folder / str(step) / "state"
             return ocp.PyTreeCheckpointer().restore(path, args=args)["params"]
+        except (MemoryError, PermissionError):
+            raise
         except Exception as error:
             raise self._broken(step, error) from error
 
     def _restore(self, step: int, **args: Any) -> Any:
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**args))
+        except (MemoryError, PermissionError):
+            raise
         except Exception as error:  # a broken file surfaces as any of orbax's, tensorstore's or json's errors
             raise self._broken(step, error) from error
 
     def _broken(self, step: int, error: Exception) -> ValueError:
         reason = " ".join(str(error).split())[:160]
-        return ValueError(f"{self.folder / str(step)}: the checkpoint can't be read ({reason}); delete this folder to "
-                          "go on from the one before")
+        return ValueError(f"{self.folder / str(step)}: the checkpoint can't be read ({reason}); if its files are "
+                          "damaged, move this folder away to go on from the one before")
 
     def wait(self) -> None:
         self.manager.wait_until_finished()

@@ -456,6 +456,9 @@ def main_errors(command: Any) -> None:
     """Runs a command's `main(argv)`; a user's mistake becomes one line on stderr and exit code 1."""
     try:
         command(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -21,7 +21,8 @@ def convert(source: str, output: str, dtype: str | None = None) -> None:
     meta = checkpoint.read_meta(run / "checkpoints", step)
     model = api.load_model(run / "checkpoints" / str(step), meta["config"]["model"]["param_dtype"])
     model = api.with_dtype(model, dtype)
-    model.save(output, card=model_card(meta["config"], step, meta["metrics"], meta["counts"]))
+    model.save(output, card=model_card(meta["config"], meta["data"], meta["optimizer"], step, meta["metrics"],
+                                        meta["counts"]))
     log.info("step %d of %s is in %s", step, run, output)
 
 

@@ -124,7 +124,12 @@ def from_rows(rows: Iterable[Mapping[str, Any]] | datasets.Dataset, name: str) -
     """Returns rows that a program hands over."""
     if isinstance(rows, datasets.Dataset):
         return Source(rows, name, "row", rows._fingerprint)
-    lines = [json.dumps(row) for row in rows]
+    lines = []
+    for i, row in enumerate(rows):
+        try:
+            lines.append(json.dumps(row))
+        except TypeError as error:
+            raise ValueError(f"{name}, row {i + 1}: must hold strings or messages, got {error}") from None
     return Source(datasets.Dataset.from_dict({JSON: lines}), name, "row", _hash(*lines))
 
 
@@ -264,7 +269,7 @@ def _tokenised(source: Source, encoder: Encoder) -> pa.Table:
     key = _hash("1", source.hash, tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.chat_template),
                 json.dumps(settings))
     file = CACHE / "tokenised" / f"{key}.arrow"
-    if not file.is_file():
+    if not _readable(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f"{key}.{os.getpid()}.tmp")
         try:
@@ -274,6 +279,15 @@ def _tokenised(source: Source, encoder: Encoder) -> pa.Table:
             temporary.unlink(missing_ok=True)
     with pa.memory_map(str(file)) as mapped:
         return pa.ipc.open_file(mapped).read_all()
+
+
+def _readable(file: pathlib.Path) -> bool:
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            pa.ipc.open_file(mapped)
+    except (OSError, pa.ArrowInvalid):  # not there, or damaged: it is made again
+        return False
+    return True
 
 
 def _tokenise_to(file: pathlib.Path, source: Source, encoder: Encoder, num_proc: int) -> None:

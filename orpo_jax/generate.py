@@ -39,7 +39,7 @@ def _generate(graph: nnx.GraphDef, params: Any, ids_BT: Array, padding_B: Array,
     spec, (B, T) = module.spec, ids_BT.shape
     S = T + max_new_tokens
     shape = (spec.num_layers, B, S, spec.num_kv_heads, spec.head_dim)
-    cache = (jnp.zeros(shape, module.unembedding().dtype),) * 2
+    cache = (jnp.zeros(shape, module.dtype),) * 2
 
     def forward(ids_BT: Array, start: Array | int, cache: Any) -> tuple[Array, Any]:
         positions_BT = jnp.maximum(start + jnp.arange(ids_BT.shape[1]) - padding_B[:, None], 0)

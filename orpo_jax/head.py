@@ -3,6 +3,9 @@
 Shapes: B rows, T tokens, D model, V vocabulary.
 """
 
+import contextlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,9 +15,16 @@ Array = jax.Array
 LOGITS_BUDGET = 2**30
 
 
+def precision(dtype: jnp.dtype) -> Any:
+    """Returns the context in which float32 matmuls are float32 on accelerators too, which else round their inputs."""
+    return jax.default_matmul_precision("float32") if dtype == jnp.float32 else contextlib.nullcontext()
+
+
 def logits(hidden_BTD: Array, unembed_VD: Array) -> Array:
     """Returns float32 logits [B, T, V]."""
-    return jnp.einsum("btd,vd->btv", hidden_BTD, unembed_VD, preferred_element_type=jnp.float32)
+    # The cast is in here so that a float32 weight has its gradient added up in float32, chunk after chunk.
+    return jnp.einsum("btd,vd->btv", hidden_BTD, unembed_VD.astype(hidden_BTD.dtype),
+                      preferred_element_type=jnp.float32)
 
 
 def num_chunks(rows_per_device: int, T: int, V: int) -> int:

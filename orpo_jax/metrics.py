@@ -48,16 +48,15 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
-    def advance(self, count: int = 1, note: str = "") -> None:
+    def advance(self, count: int = 1) -> None:
         self.count += count
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
         elif now - self.last > 10 and not self.quiet:
             self.last = now
             left = (now - self.began) / (self.count - self.start) * (self.total - self.count)
-            log.info("%s: %d of %d, %.0f s left%s", self.what, self.count, self.total, left, note and f", {note}")
+            log.info("%s: %d of %d, %.0f s left", self.what, self.count, self.total, left)
 
 
 class JsonlSink:
@@ -72,7 +71,9 @@ class JsonlSink:
         self.file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        finite = {key: None if isinstance(value, float) and not np.isfinite(value) else value
+                  for key, value in values.items()}  # JSON has no NaN
+        self.file.write(json.dumps({"step": step, **finite}) + "\n")
         self.file.flush()
 
     def close(self) -> None:

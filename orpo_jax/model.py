@@ -135,6 +135,12 @@ class Decoder(nnx.Module):
         self.unembed = param("unembed")
         self.spec = spec
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of activations. The embedding and the head may be wider: their gradients add up many tokens."""
+        assert self.final_norm.scale is not None
+        return self.final_norm.scale[...].dtype
+
     def unembedding(self) -> Array:
         """Returns the head's weight [V, D]: the embedding's own where the two are tied."""
         weight = self.embed if self.unembed is None else self.unembed
@@ -149,7 +155,7 @@ class Decoder(nnx.Module):
         with a leading axis L, or None.
         """
         assert self.embed is not None
-        x_BTD = shard_rows(self.embed[...][ids_BT])
+        x_BTD = shard_rows(self.embed[...][ids_BT].astype(self.dtype))
         rotation = rope_lib.angles(self.spec.rope, positions_BT)
         graph, weights_L = nnx.split(self.layers)
         windows_L = None

@@ -208,13 +208,12 @@ def truncate(pair: Pair, config: DataConfig, bos: int | None) -> Pair:
     excess = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)) - config.max_length
     if excess > 0:
         room = min(map(len, prompts)) - min(config.max_prompt_length or 1, *map(len, prompts))
-        cut = min(excess, room)
         keep_bos = int(bos is not None and len(prompts[0]) > 0 and prompts[0][0] == bos)
         for i, prompt in enumerate(prompts):
-            if config.truncation_mode == "keep_end":
-                prompts[i] = np.concatenate([prompt[:keep_bos], prompt[keep_bos + cut:]])
-            else:
-                prompts[i] = prompt[:len(prompt) - cut]
+            # Where one prompt is much the longer, it loses what would leave no room for a response.
+            cut = max(min(excess, room), len(prompt) - config.max_length + 1)
+            prompts[i] = (np.delete(prompt, slice(keep_bos, keep_bos + cut)) if config.truncation_mode == "keep_end"
+                          else prompt[:len(prompt) - cut])
     kept = [np.concatenate([p, r[:max(config.max_length - len(p), 1)]])
             for p, r in zip(prompts, responses, strict=True)]
     return make_pair(kept[0], kept[1], len(prompts[0]), len(prompts[1]))

@@ -13,6 +13,8 @@ from orpo_jax.pretrained import Pretrained
 
 # The copy of the base model's config and tokenizer, which exports and resumed runs read.
 BASE_MODEL = "base_model"
+# What a run writes. config.json is deleted last: cut short, the folder still says that it holds a run.
+OURS = ("hf", "checkpoints", "metrics.jsonl", "tensorboard", "wandb", "wandb_id", BASE_MODEL, "config.json")
 
 
 def open_run(folder: pathlib.Path, config: Config) -> tuple[int | None, bool]:
@@ -50,16 +52,20 @@ def open_run(folder: pathlib.Path, config: Config) -> tuple[int | None, bool]:
     return latest_step(folder / "checkpoints"), False
 
 
-def start_run(folder: pathlib.Path, config: Config, pretrained: Pretrained, replace: bool) -> None:
+def start_run(folder: pathlib.Path, config: Config, pretrained: Pretrained, *, afresh: bool, replace: bool) -> None:
     """Writes what a run's folder holds from its start, each file or folder whole or absent."""
     if jax.process_index() != 0:
         return
     if replace:
-        shutil.rmtree(folder)
+        for name in OURS:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(config_lib.to_dict(config), indent=2) + "\n")
     temporary.rename(folder / "config.json")
+    if afresh and (folder / BASE_MODEL).is_dir():  # of a run that was killed before its first checkpoint
+        shutil.rmtree(folder / BASE_MODEL)
     if not (folder / BASE_MODEL).is_dir():
         copy = folder / f"{BASE_MODEL}.tmp"
         shutil.rmtree(copy, ignore_errors=True)

@@ -74,9 +74,14 @@ class Model:
 
     def sums(self, params: Params, rows: Rows) -> Sums:
         """Returns every sum of the loss and the metrics over the rows (loss.py)."""
-        module = nnx.merge(self.graph, jax.tree.map(lambda x: x.astype(self.dtype), params))
-        hidden_BTD, _ = module(rows.ids, rows.positions, row_attention(rows.positions, rows.q_end), remat=self.remat)
-        logps_BT, mean_logits_BT = head.token_logps(hidden_BTD, module.unembedding(), rows.targets, chunks=self.chunks)
+        # Embedding and head stay as they are, and are cast where they are used.
+        cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(self.dtype), part)
+                for name, part in params.items()}
+        module, attend = nnx.merge(self.graph, cast), row_attention(rows.positions, rows.q_end)
+        with head.precision(self.dtype):
+            hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat)
+            logps_BT, mean_logits_BT = head.token_logps(hidden_BTD, module.unembedding(), rows.targets,
+                                                        chunks=self.chunks)
         return loss.orpo_sums(logps_BT, mean_logits_BT, rows.nll_weights, rows.segments, rows.pair_weights)
 
 

@@ -54,15 +54,18 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
     check_trackers(config.log.report_to)
     last_step, replace = open_run(folder, config)
     if (folder / "hf").is_dir() and last_step is not None:
-        log.info("%s is finished, at step %d; its model is in %s", folder, last_step, folder / "hf")
-        return read_meta(folder / "checkpoints", last_step)["metrics"]
+        meta = read_meta(folder / "checkpoints", last_step)
+        if last_step == meta["total_steps"]:
+            log.info("%s is finished, at step %d; its model is in %s", folder, last_step, folder / "hf")
+            return meta["metrics"]
 
-    base = folder / BASE_MODEL
-    job = prepare(config, base if base.is_dir() and not replace else None, train_rows, eval_rows, optimizer)
+    # A run that goes on reads its own copy: its chat template and tokens are the ones that it was trained with.
+    base = folder / BASE_MODEL if last_step is not None else None
+    job = prepare(config, base, train_rows, eval_rows, optimizer)
     with jax.set_mesh(job.mesh):
         # Read whole before the folder is touched, so that a broken model or checkpoint leaves no trace.
         state, record = first_state(job) if last_step is None else saved_state(job, folder, last_step)
-        start_run(folder, config, job.pretrained, replace)
+        start_run(folder, config, job.pretrained, afresh=last_step is None, replace=replace)
         with (Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints,
               contextlib.closing(Metrics(folder, config_lib.to_dict(config), last_step)) as sinks):
             state, done = train(job, state, record, last_step or 0, checkpoints, sinks, on_step)
@@ -70,7 +73,7 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
             log.info("writing %s", folder / "hf")
             model = api.LoadedModel(job.pretrained, job.arch, job.model.graph, state.params, record.dtypes)
             model.save(folder / "hf", overwrite=True, card=model_card(
-                config_lib.to_dict(config), job.total_steps, record.metrics, record.counts))
+                record.config, record.data, record.optimizer, job.total_steps, record.metrics, record.counts))
             log.info("done: the model is in %s", folder / "hf")
     return record.metrics
 
@@ -80,9 +83,13 @@ class Record:
     """What a run remembers beside its arrays; saved with every checkpoint."""
 
     config: dict[str, Any]
+    data: str  # the source of the rows
     data_hash: str
     counts: dict[str, int]  # rows read, cut, dropped and kept
-    dtypes: dict[str, str]  # type of each tensor in the base model's files
+    dtype: str  # of activations
+    dtypes: dict[str, str]  # of each tensor in the base model's files
+    optimizer: str | None  # None: given by the program
+    total_steps: int
     tokens: int = 0
     parts: list[dict[str, float]] = dataclasses.field(default_factory=list)  # sums of the steps since the last line
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # the last of each
@@ -100,9 +107,11 @@ class Job:
     eval_batches: dict[str | None, Batches]
     total_steps: int
     counts: dict[str, int]
+    data: str
     data_hash: str
     params: weights.Params  # shapes, types and shardings
     optimizer: optax.GradientTransformation
+    optimizer_name: str | None
     shardings: step_lib.TrainState
     model: step_lib.Model
     train_step: Callable
@@ -112,7 +121,6 @@ class Job:
 def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, eval_rows: Rows | None,
             optimizer: optax.GradientTransformation | None) -> Job:
     """Reads the data and the model's config, and makes the steps; ValueError for what does not fit together."""
-    # A run that goes on reads its own copy: its chat template and tokens are the ones that it was trained with.
     pretrained = (open_pretrained(str(base)) if base is not None else
                   open_pretrained(config.model.path, config.model.revision, config.data.chat_template))
     arch = architecture(pretrained.config, config.data.max_length, pretrained.rows_needed)
@@ -141,14 +149,18 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
 
     total_steps = data.total_steps(batches, config.train.num_train_epochs, config.train.max_steps)
     schedule = optim.learning_rate_schedule(config.optim, total_steps)
-    optimizer = optimizer or optim.make_optimizer(config.optim, total_steps, arch.decay_mask())
+    name = config.optim.name
+    if optimizer is None:
+        optimizer = optim.make_optimizer(config.optim, total_steps, arch.decay_mask())
+    else:  # its learning rate is its own affair
+        name, schedule = None, lambda _: jnp.nan
     shardings = step_lib.state_shardings(params, optimizer, mesh)
     layout = batches.layout
     log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %d pairs, in rows of %d tokens, %d to a micro-batch",
              config.model.path, sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, dtype, dict(mesh.shape),
              total_steps, config.train.batch_size, layout.row_length, layout.rows)
     return Job(config, pretrained, arch, mesh, batches, {name: b for name, (b, _) in held_out.items()}, total_steps,
-               counts, pairs.digest(), params, optimizer, shardings, model,
+               counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
                step_lib.make_train_step(model, optimizer, schedule, config.orpo.beta, shardings),
                {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
 
@@ -169,18 +181,24 @@ def first_state(job: Job) -> tuple[step_lib.TrainState, Record]:
     """Returns the pretrained weights with a fresh optimiser."""
     folder = find_folder(job.config.model.path, job.config.model.revision)
     params = weights.load_params(folder, job.arch, dtype=jnp.dtype(job.config.model.param_dtype), mesh=job.mesh)
-    record = Record(config_lib.to_dict(job.config), job.data_hash, job.counts,
-                    weights.tensor_dtypes(weights.find_tensors(folder)))
+    record = Record(config_lib.to_dict(job.config), job.data, job.data_hash, job.counts, str(job.model.dtype),
+                    weights.tensor_dtypes(weights.find_tensors(folder)), job.optimizer_name, job.total_steps)
     return step_lib.initial_state(params, job.optimizer, job.shardings), record
 
 
 def saved_state(job: Job, folder: pathlib.Path, step: int) -> tuple[step_lib.TrainState, Record]:
     """Returns the state of a checkpoint; ValueError where it is broken, or the rows are not the ones it was made of."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        record = Record(**checkpoints.read_meta(step))
+        meta = checkpoints.read_meta(step)
+        record = Record(**{**meta, "config": config_lib.to_dict(job.config)})
         if record.data_hash != job.data_hash:
             raise ValueError(f"data.train: must be the rows that {folder} was started with, and they have changed; "
                              "restore them, or choose another output_dir")
+        for key, was, now in (("model.dtype", record.dtype, str(job.model.dtype)),
+                              ("optimizer", record.optimizer, job.optimizer_name)):
+            if was != now:
+                raise ValueError(f"{key}: must be what {folder} was started with, {was or 'one of the program'}, got "
+                                 f"{now or 'one of the program'}; choose another output_dir")
         log.info("going on from step %d of %d", step, job.total_steps)
         return checkpoints.restore(step, step_lib.abstract_state(job.params, job.optimizer, job.shardings)), record
 

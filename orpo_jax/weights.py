@@ -4,6 +4,7 @@ Parameters are a nested dict of arrays, layers stacked along a leading axis. On 
 slices of the files' tensors; on export one tensor is gathered at a time.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -171,7 +172,7 @@ def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.fl
             def read(index: Any, weight=weight, shape=leaf.shape, parts=parts) -> np.ndarray:
                 bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
                 if bounds not in parts:  # devices that hold the same part share one read
-                    parts[bounds] = _read_part(tensors, weight, bounds, arch).astype(dtype)
+                    parts[bounds] = _read_part(tensors, weight, bounds, arch, dtype)
                 return parts[bounds]
 
             flat[weight.path] = jax.make_array_from_callback(leaf.shape, leaf.sharding or one_device, read)
@@ -179,18 +180,20 @@ def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.fl
     return nest(flat)
 
 
-def _read_part(tensors: Tensors, weight: Weight, bounds: tuple, arch: Architecture) -> np.ndarray:
+def _read_part(tensors: Tensors, weight: Weight, bounds: tuple, arch: Architecture, dtype: Any) -> np.ndarray:
     """Returns our array within `bounds` (start, stop of each axis), from slices of HF's tensors."""
     stacked = weight.axes[0] == "l"
     names = hf_names(weight, arch.spec.num_layers)
     layers = range(*bounds[0]) if stacked else range(1)
     local = dict(zip(weight.axes[stacked:], bounds[stacked:], strict=True))
     if arch.added_rows and "v" in local:
-        return _read_grown(tensors.slice(names[0]), local, arch.spec.vocab_size - arch.added_rows)
+        return _read_grown(tensors.slice(names[0]), local, arch.spec.vocab_size - arch.added_rows).astype(dtype)
     cut = tuple(_hf_slice(group, local, arch.spec.sizes) for group in _groups(weight.layout))
     sizes = {letter: stop - start for letter, (start, stop) in local.items()}
-    parts = [einops.rearrange(tensors.slice(names[layer])[cut], weight.layout, **sizes) for layer in layers]
-    return np.stack(parts) if stacked else parts[0]
+    part = np.empty([len(layers), *sizes.values()], dtype)
+    for place, layer in zip(part, layers, strict=True):  # a layer at a time: the host holds one beside the result
+        place[...] = einops.rearrange(tensors.slice(names[layer])[cut], weight.layout, **sizes)
+    return part if stacked else part[0]
 
 
 def _hf_slice(group: list[str], local: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> slice:
@@ -268,11 +271,20 @@ def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def replace_folder(temporary: pathlib.Path, folder: pathlib.Path) -> None:
-    """Renames a finished folder into place; what was there is deleted only once the new one stands."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder beside `folder` to write in, and renames it into place once all is written.
+
+    What `folder` held before is deleted only then. Every process gets the same name; process 0 makes and renames it.
+    """
+    temporary, old = (folder.with_name(f".{folder.name}.{kind}-orpo_jax") for kind in ("new", "old"))
+    if jax.process_index() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    yield temporary
+    if jax.process_index() == 0:
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)

@@ -403,3 +403,18 @@ def test_ids_and_positions_past_the_tables_are_errors(pretrained):
         data.check_tables(pairs, most, longest, "data.train")
     with pytest.raises(ValueError, match=rf"^data\.train: sequences .* {longest - 1} positions, got {longest}"):
         data.check_tables(pairs, most + 1, longest - 1, "data.train")
+
+
+def test_a_damaged_cache_file_is_made_again(tmp_path, pretrained, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path)
+    config = DataConfig(train="rows", max_length=64)
+    digest = load_pairs(from_rows(ROWS, "rows"), pretrained, config)[0].digest()
+    (file,) = (tmp_path / "tokenised").iterdir()
+    file.write_bytes(file.read_bytes()[:100])
+    again, _ = load_pairs(from_rows(ROWS, "rows"), pretrained, config)
+    assert again.digest() == digest
+
+
+def test_rows_that_hold_no_text_are_named():
+    with pytest.raises(ValueError, match=r"rows, row 2: must hold strings or messages"):
+        from_rows([{"chosen": "a", "rejected": "b"}, {"chosen": {1}, "rejected": "b"}], "rows")

@@ -452,7 +452,7 @@ OVER_A_RUN = {
     "data of another order": (rows(ROWS[::-1]), ["data.train", "changed", "output_dir"]),
     "missing data": (lambda work: work.rows.unlink(), ["data.train", "rows.jsonl"]),
     "a config cut short": (cut_run_config, ["output_dir", "must be empty or hold a run"]),
-    **{f"a checkpoint with {name}": (change, ["checkpoints/1", "can't be read", "delete this folder"])
+    **{f"a checkpoint with {name}": (change, ["checkpoints/1", "can't be read", "move this folder away"])
        for name, change in {**BROKEN_CHECKPOINTS, "its largest file cut short": cut_largest,
                             "its largest file missing": lose_largest}.items()},
 }

@@ -200,6 +200,16 @@ def test_the_prompt_is_cut_first_and_only_as_far_as_needed(prompt, chosen, rejec
             len(cut.rejected_ids) - cut.rejected_prompt) == expected
 
 
+@settings(deadline=None)
+@given(st.integers(0, 20), st.integers(0, 20), st.integers(2, 30), st.sampled_from(["keep_end", "keep_start"]))
+def test_no_sequence_is_too_long_where_prompts_differ_in_length(chosen_prompt, rejected_prompt, max_length, mode):
+    pair = make_pair(np.arange(chosen_prompt + 9, dtype=np.int32), np.arange(rejected_prompt + 4, dtype=np.int32),
+                     chosen_prompt, rejected_prompt)
+    cut = truncate(pair, DataConfig(max_length=max_length, truncation_mode=mode), 0)
+    assert max(len(cut.chosen_ids), len(cut.rejected_ids)) <= max_length
+    assert len(cut.chosen_ids) > cut.chosen_prompt and len(cut.rejected_ids) > cut.rejected_prompt
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.integers(0, 40), st.integers(1, 60), st.integers(1, 60), st.integers(2, 50), st.booleans(),
        st.sampled_from(["keep_end", "keep_start"]), st.one_of(st.none(), st.integers(1, 49)))

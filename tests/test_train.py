@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,7 +199,59 @@ def test_every_weight_moves_and_moves_by_its_own_optimizer(tmp_path, model_folde
         assert not np.array_equal(tensor, ends["sgd"][name]), name
 
 
+def test_a_run_that_goes_on_must_have_the_optimizer_it_had(tmp_path, model_folder, rows):
+    import optax
+
+    config = settings(tmp_path / "run", model_folder, **rows)
+    train.run(config, optimizer=optax.sgd(1e-2), on_step=lambda step, _: step == 3)
+    with pytest.raises(ValueError, match=r"optimizer: must be what .* was started with, one of the program, got adamw"):
+        train.run(config)
+    train.run(config, optimizer=optax.sgd(1e-2))
+    assert {line["learning_rate"] for line in lines_of(tmp_path / "run") if "loss" in line} == {None}  # no NaN in JSON
+    assert "given by the program" in (tmp_path / "run" / "hf" / "README.md").read_text()
+
+
+def test_overwrite_deletes_the_run_and_nothing_else(tmp_path, model_folder, rows):
+    train.run(settings(tmp_path / "run", model_folder, **rows))
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    before = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    train.run(settings(tmp_path / "run", model_folder, **rows, orpo__beta=0.9, checkpoint__overwrite=True))
+    after = load_file(tmp_path / "run" / "hf" / "model.safetensors")
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [3, 3, 6, 6, 9, 9, 12, 12]
+
+
+def test_a_run_without_a_checkpoint_starts_with_the_tokenizer_of_now(tmp_path, rows):
+    model = tiny.write_model(tmp_path / "model", scale=0.1)
+
+    def die(step, _):
+        raise RuntimeError("a crash before the first checkpoint")
+
+    config = settings(tmp_path / "run", model, **rows)
+    with pytest.raises(RuntimeError, match="a crash"):
+        train.run(config, on_step=die)
+    (model / "chat_template.jinja").write_text(tiny.TEMPLATE + "{# another #}")
+    train.run(config)
+    assert orpo_jax.load_model(tmp_path / "run").pretrained.tokenizer.chat_template.endswith("{# another #}")
+
+
+def test_a_lost_last_checkpoint_is_trained_again(tmp_path, model_folder, rows):
+    first = train.run(settings(tmp_path / "run", model_folder, **rows))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+    assert train.run(settings(tmp_path / "run", model_folder, **rows)) == first
+
+
 # Out
+
+
+def test_an_export_touches_no_folder_beside_it(tmp_path, model_folder):
+    for name in ("out.old", "out.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    orpo_jax.load_model(model_folder).save(tmp_path / "out")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "out.old", "out.tmp"]
+    assert (tmp_path / "out.old" / "mine.txt").exists() and (tmp_path / "out.tmp" / "mine.txt").exists()
 
 
 def test_the_export_and_every_way_to_load_it_agree(tmp_path, model_folder, rows):
