@@ -75,13 +75,15 @@ def get_config():
     config.optim.learning_rate = 2e-3
     config.optim.lr_scheduler_type = "cosine"
     config.optim.warmup_steps = 10
-    config.train.batch_size = 16
-    config.train.num_train_epochs = 4.0
-    config.eval.eval_strategy = "epoch"
+    config.train.batch_size = 8
+    config.train.num_train_epochs = 7.0
+    config.eval.eval_strategy = "steps"
+    config.eval.eval_steps = 210
     config.eval.eval_on_start = True
     config.eval.batch_size = 16
     config.eval.generate.num_samples = 2
     config.eval.generate.max_new_tokens = 40
-    config.checkpoint.save_steps = 60
+    config.checkpoint.save_steps = 100
+    config.log.logging_steps = 20
     config.checkpoint.save_total_limit = 2
     return config

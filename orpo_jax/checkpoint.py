@@ -16,7 +16,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.save_total_limit if config else None, create=config is not None,
-            cleanup_tmp_directories=config is not None, read_only=config is None)
+            cleanup_tmp_directories=config is not None)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:

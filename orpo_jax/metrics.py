@@ -153,6 +153,7 @@ class Meter:
     def paused(self) -> Iterator[None]:
         """Keeps the time of an evaluation out of the training speed, once its own step's line is written."""
         self.write_pending()
+        jax.block_until_ready(self.record.parts)
         start = time.monotonic()
         yield
         self.began += time.monotonic() - start
