@@ -254,8 +254,6 @@ class Config:
     def __post_init__(self):
         check(bool(self.output_dir), "output_dir", "must name a folder", self.output_dir)
         check(0 <= self.seed < 2**32, "seed", "must be from 0 to 2**32 - 1", self.seed)
-        check(self.eval.eval_strategy == "no" or self.data.eval is not None, "eval.eval_strategy",
-              "needs data.eval", self.eval.eval_strategy)
 
 
 def _walk(cls: type, path: str = "") -> Iterator[tuple[str, dataclasses.Field]]:

@@ -52,6 +52,8 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
     # The folder comes first: if it holds another run, nothing else may happen.
     folder = pathlib.Path(config.output_dir).expanduser()
     check_trackers(config.log.report_to)
+    config_lib.check(config.eval.eval_strategy == "no" or eval_rows is not None or bool(config.data.eval),
+                     "eval.eval_strategy", "needs data.eval", config.eval.eval_strategy)
     last_step, replace = open_run(folder, config)
     if (folder / "hf").is_dir() and last_step is not None:
         meta = read_meta(folder / "checkpoints", last_step)

@@ -172,14 +172,14 @@ def test_named_held_out_sets_and_rows_from_a_program(tmp_path, model_folder, row
                       data__train=rows["data__train"], data__eval=both)
     metrics = train.run(config)
     assert {"eval_one_loss", "eval_two_rewards/accuracies"} <= set(metrics)
-    config = settings(tmp_path / "from_rows", model_folder, train__max_steps=1, data__eval="rows")
+    config = settings(tmp_path / "from_rows", model_folder, train__max_steps=1)
     metrics = train.run(config, train_rows=tiny.make_rows(6, "standard"), eval_rows=iter(tiny.make_rows(3, "implicit")))
     assert np.isfinite(metrics["eval_loss"])
 
 
 def test_training_learns_the_preference(tmp_path, model_folder):
     train_rows, held_out = (tiny.make_rows(count, "conversational", seed) for count, seed in ((64, 0), (20, 1)))
-    config = settings(tmp_path / "run", model_folder, data__eval="rows", eval__eval_on_start=True, train__max_steps=60,
+    config = settings(tmp_path / "run", model_folder, eval__eval_on_start=True, train__max_steps=60,
                       optim__learning_rate=3e-3, orpo__beta=1.0, eval__eval_steps=60)
     train.run(config, train_rows=train_rows, eval_rows=held_out)
     accuracy = [line["eval_rewards/accuracies"] for line in lines_of(tmp_path / "run") if "eval_loss" in line]
