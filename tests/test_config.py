@@ -222,7 +222,7 @@ def test_a_flag_of_another_type_names_its_key(file, flag):
     ("optim.lr_scheduler_kwargs", {"power": 2.0}), ("optim.lr_scheduler_type", "exponential"),
     ("train.batch_size", 0), ("train.max_steps", 0), ("train.max_steps", -2), ("train.num_train_epochs", 0.0),
     ("train.num_train_epochs", float("inf")), ("train.rows_per_device", 0), ("mesh.data", 0), ("mesh.fsdp", -2),
-    ("mesh.tensor", 0), ("eval.batch_size", 0), ("eval.eval_steps", 0), ("eval.eval_strategy", "steps"),
+    ("mesh.tensor", 0), ("eval.batch_size", 0), ("eval.eval_steps", 0),
     ("eval.generate.num_samples", -1), ("eval.generate.max_new_tokens", 0), ("eval.generate.temperature", -0.1),
     ("checkpoint.save_steps", 0), ("checkpoint.save_total_limit", 0), ("log.logging_steps", 0),
     ("log.report_to", ("mlflow",)), ("seed", -1), ("seed", 2**32), ("model.path", ""), ("output_dir", ""),
