@@ -9,7 +9,13 @@ os.environ["ORPO_JAX_CACHE"] = tempfile.mkdtemp(prefix="orpo_jax_test_cache_")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
+
+# In CI the same change gives the same answer; elsewhere every run looks at new examples.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
