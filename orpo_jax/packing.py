@@ -38,6 +38,7 @@ class Rows(NamedTuple):
     segments: Any  # [B, T] int32, 2s+1 / 2s+2 for a chosen / rejected response target of slot s, 0 elsewhere
     q_end: Any  # [B, T] int32, the first query index that the position, as a key, is hidden from
     pair_weights: Any  # [B, S] float32
+    bounds: Any  # [B, S, 4] int32, where a slot's trunk, chosen and rejected branch start, and its end; 0 if empty
 
 
 def trunk_length(shared: Any, share_prompt: bool) -> Any:
@@ -73,7 +74,7 @@ def empty_rows(num_rows: int, row_length: int, max_pairs: int) -> Rows:
     zeros = np.zeros((num_rows, row_length), np.int32)
     self_only = np.broadcast_to(np.arange(1, row_length + 1, dtype=np.int32), zeros.shape).copy()
     return Rows(zeros, zeros.copy(), zeros.copy(), zeros.astype(np.float32), zeros.copy(), self_only,
-                np.zeros((num_rows, max_pairs), np.float32))
+                np.zeros((num_rows, max_pairs), np.float32), np.zeros((num_rows, max_pairs, 4), np.int32))
 
 
 def build_rows(pairs: Sequence[Pair], plan: Sequence[Sequence[int]], *, num_rows: int, row_length: int, max_pairs: int,
@@ -111,6 +112,7 @@ def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt
     chosen_response = write(chosen_at, pair.chosen_ids, trunk, pair.chosen_prompt, 2 * slot + 1)
     rejected_response = write(rejected_at, pair.rejected_ids, trunk, pair.rejected_prompt, 2 * slot + 2)
 
+    rows.bounds[row, slot] = start, chosen_start, rejected_start, end
     rows.q_end[row, start:end] = end
     rows.q_end[row, chosen_at] = rejected_start
     weights = rows.nll_weights[row, start:rejected_start]
