@@ -14,7 +14,7 @@ import math
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import datasets
@@ -25,11 +25,12 @@ import zstandard
 
 from orpo_jax import packing
 from orpo_jax.config import DataConfig, OrpoConfig
-from orpo_jax.head import LOGITS_BUDGET
+from orpo_jax.head import Counts
 from orpo_jax.metrics import Progress, log
 from orpo_jax.packing import Pair, Rows
 from orpo_jax.preference import Encoder, render, split_prompt
 from orpo_jax.pretrained import Pretrained
+from orpo_jax.sharding import batch_sharding
 
 CACHE = pathlib.Path(os.environ.get("ORPO_JAX_CACHE", "~/.cache/orpo_jax")).expanduser()
 # The one column of rows that are still text: a name that no data set uses.
@@ -311,31 +312,36 @@ def _tokenise_to(file: pathlib.Path, source: Source, encoder: Encoder, num_proc:
 # Token pairs to batches
 
 
-class StepBatch(NamedTuple):
-    """One optimiser step's rows, and the denominators of its loss."""
+class Group(NamedTuple):
+    """The rows of one length of a step."""
 
     rows: Rows  # [M, B, ...]; past num_micro they are padding
     num_micro: Any  # int32
-    nll_weight: Any  # float32, sum of nll_weights over the step
-    pairs: Any  # float32, pairs that count
+
+
+class StepBatch(NamedTuple):
+    """One optimiser step's rows, and the denominators of its loss."""
+
+    groups: tuple[Group, ...]
+    counts: Counts
 
 
 class BatchInfo(NamedTuple):
     tokens: int  # positions that hold a token
     slots: int  # positions computed
-    pairs: int
+    branches: np.ndarray  # [pairs, 3], positions of each trunk, and of each chosen and rejected sequence with it
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The shapes of every batch of a run: one compiled program serves them all."""
 
-    row_length: int
+    row_lengths: tuple[int, ...]  # one where rows are packed
     rows_per_device: int
     num_shards: int
     max_pairs: int  # slots of a row
-    max_micro: int
-    packing: bool
+    branch_length: int  # positions of the longest branch with its trunk
+    max_rows: int  # rows that a step may need
     share_prompt: bool
 
     @property
@@ -343,27 +349,80 @@ class Layout:
         """Rows of one micro-batch over all devices."""
         return self.rows_per_device * self.num_shards
 
+    @property
+    def max_micro(self) -> int:
+        return -(-self.max_rows // self.rows)
+
+    def plan(self, lengths: np.ndarray) -> list[list[list[int]]]:
+        """Returns the rows of each length as lists of pairs: a pair goes to the shortest length that holds it."""
+        group_of = np.searchsorted(self.row_lengths, lengths)
+        plans = []
+        for group, row_length in enumerate(self.row_lengths):
+            members = np.flatnonzero(group_of == group)
+            rows = packing.pack(np.stack([lengths[members], np.ones_like(members)], axis=1),
+                                (row_length, self.max_pairs))
+            plans.append([members[row].tolist() for row in rows])
+        return plans
+
+    def num_micro(self, plan: list[list[list[int]]]) -> list[int]:
+        """Returns the micro-batches of each length; each gives every shard the same number of rows."""
+        return [-(-len(rows) // self.rows) for rows in plan]
+
+    def slots(self, num_micro: Sequence[int]) -> int:
+        return sum(n * self.rows * length for n, length in zip(num_micro, self.row_lengths, strict=True))
+
+    def fill(self, steps: Iterable[np.ndarray]) -> float:
+        """Returns which share of the computed positions holds tokens, over steps of pairs of these lengths."""
+        steps = list(steps)
+        return sum(int(step.sum()) for step in steps) / sum(
+            max(self.slots(self.num_micro(self.plan(step))), 1) for step in steps)
+
+
+# Positions of one micro-batch on one accelerator: enough for efficient matmuls. On a CPU a single row is.
+MICRO_BATCH_TOKENS = 4096
+# Pairs that layouts are tried on, and how much of the best fill is given up for shorter rows or larger micro-batches.
+SAMPLE_PAIRS = 2048
+FILL_SLACK = 0.02
+
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
-                vocab_size: int, platform: str) -> Layout:
-    """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair."""
+                platform: str) -> Layout:
+    """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
+
+    Of the row lengths and rows per device that are 'auto' it takes those that fill the rows of sample steps best:
+    where a shard has few pairs, rows of one pair's length would leave half of the last micro-batch empty.
+    """
     lengths = pairs.lengths(config.share_prompt)
-    longest = max(int(lengths.max()), 1)
-    row_length = config.row_length
-    if row_length == "auto":
-        row_length = -(-longest // 64) * 64
-    elif longest > row_length:
-        raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got {row_length}; "
-                         "set 'auto', or lower data.max_length")
-    if rows_per_device == "auto":
-        # Enough tokens for efficient matmuls: a row is enough on a CPU, 4,096 tokens on an accelerator.
-        rows = 1 if platform == "cpu" else max(1, 4096 // row_length)
-        rows = min(rows, LOGITS_BUDGET // (4 * row_length * vocab_size), -(-batch_size // num_shards))
-        rows_per_device = max(1, int(rows))
-    assert isinstance(rows_per_device, int)
-    max_pairs = min(batch_size, max(1, row_length // max(int(lengths.min()), 1))) if config.packing else 1
-    return Layout(row_length, rows_per_device, num_shards, max_pairs, -(-batch_size // (rows_per_device * num_shards)),
-                  config.packing, config.share_prompt)
+    unit = 64 if platform == "cpu" else 128
+    round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
+    longest = int(lengths.max())
+    if config.row_length != "auto":
+        if longest > config.row_length:
+            raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got "
+                             f"{config.row_length}; set 'auto', or lower data.max_length")
+        row_lengths = [(config.row_length,)]
+    elif config.packing:
+        row_lengths = [(length,) for length in sorted({round_up(longest * (1 + i / 8)) for i in range(13)})]
+    else:  # up to four lengths, each for an equal share of the pairs
+        row_lengths = [tuple(sorted({round_up(x) for x in np.quantile(lengths, np.arange(1, n + 1) / n)}))
+                       for n in range(1, 5)]
+
+    def candidates() -> Iterator[Layout]:
+        branch_length = round_up(pairs.sequence_lengths().max() - 1)
+        for some in row_lengths:
+            max_pairs = min(batch_size, max(1, some[-1] // max(int(lengths.min()), 1))) if config.packing else 1
+            most = 1 if platform == "cpu" else max(1, min(MICRO_BATCH_TOKENS // some[-1], -(-batch_size // num_shards)))
+            for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
+                yield Layout(some, rows, num_shards, max_pairs, branch_length, batch_size, config.share_prompt)
+
+    layouts = list(candidates())
+    if len(layouts) == 1:
+        return layouts[0]
+    sample = np.random.default_rng(0).permutation(lengths)[:max(SAMPLE_PAIRS, batch_size)]
+    steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
+    fills = [layout.fill(steps) for layout in layouts]
+    good = [layout for layout, fill in zip(layouts, fills, strict=True) if fill >= max(fills) - FILL_SLACK]
+    return min(good, key=lambda layout: (layout.row_lengths[-1], -layout.rows_per_device, len(layout.row_lengths)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -393,29 +452,35 @@ class Batches:
     def batch(self, step: int) -> tuple[StepBatch, BatchInfo]:
         """Returns the step's rows as numpy arrays, the same on every host, and what they hold."""
         layout, pairs = self.layout, [self.pairs[i] for i in self.members(step)]
-        lengths = [int(packing.pair_length(len(p.chosen_ids), len(p.rejected_ids), p.shared, layout.share_prompt))
-                   for p in pairs]
-        plan = packing.pack(lengths, layout.row_length, layout.max_pairs)
-        rows = packing.build_rows(
-            pairs, plan, num_rows=layout.max_micro * layout.rows, row_length=layout.row_length,
-            max_pairs=layout.max_pairs, share_prompt=layout.share_prompt, nll_scope=self.orpo.nll_scope,
-            nll_reduction=self.orpo.nll_reduction)
-        num_micro = -(-len(plan) // layout.rows)
-        stacked = Rows(*(x.reshape(layout.max_micro, layout.rows, *x.shape[1:]) for x in rows))
+        branches = np.array([[packing.trunk_length(p.shared, layout.share_prompt), len(p.chosen_ids) - 1,
+                              len(p.rejected_ids) - 1] for p in pairs])
+        lengths = branches @ (-1, 1, 1)
+        plan = layout.plan(lengths)
+        groups = []
+        for row_length, rows_of_pairs, num_micro in zip(layout.row_lengths, plan, layout.num_micro(plan), strict=True):
+            rows = packing.build_rows(
+                pairs, rows_of_pairs, num_rows=layout.max_micro * layout.rows, row_length=row_length,
+                max_pairs=layout.max_pairs, share_prompt=layout.share_prompt, nll_scope=self.orpo.nll_scope,
+                nll_reduction=self.orpo.nll_reduction)
+            groups.append(Group(Rows(*(x.reshape(layout.max_micro, layout.rows, *x.shape[1:]) for x in rows)),
+                                np.int32(num_micro)))
+        count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.
-        batch = StepBatch(stacked, np.int32(num_micro), np.float32(rows.nll_weights.sum(dtype=np.float64) or 1),
-                          np.float32(rows.pair_weights.sum() or 1))
-        return batch, BatchInfo(sum(lengths), num_micro * layout.rows * layout.row_length, len(pairs))
+        counts = Counts(*(np.float32(count(weights) or 1) for weights in ("nll_weights", "pair_weights")))
+        return StepBatch(tuple(groups), counts), BatchInfo(
+            int(lengths.sum()), layout.slots([int(group.num_micro) for group in groups]), branches)
 
 
-def to_devices(batch: StepBatch, sharding: jax.sharding.NamedSharding) -> StepBatch:
+def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:
+    """Returns where each array of a StepBatch lies: rows are split over the mesh, numbers are everywhere."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda x: batch_sharding(mesh) if x.ndim else whole, batch)
+
+
+def to_devices(batch: StepBatch, mesh: jax.sharding.Mesh) -> StepBatch:
     """Returns the batch as global arrays, rows split over the mesh; each process hands over its own devices' part."""
-    def put(x: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    scalars = (jax.make_array_from_callback((), whole, lambda _, x=x: x) for x in batch[1:])
-    return StepBatch(Rows(*map(put, batch.rows)), *scalars)
+    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
+                        batch, batch_shardings(batch, mesh))
 
 
 def total_steps(batches: Batches, num_train_epochs: float, max_steps: int) -> int:

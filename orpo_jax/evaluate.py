@@ -10,13 +10,13 @@ from orpo_jax.data import Batches, to_devices
 from orpo_jax.metrics import Progress, add_sums
 
 
-def evaluate(eval_step: Any, params: Any, batches: Batches, sharding: jax.sharding.NamedSharding, *, beta: float,
+def evaluate(eval_step: Any, params: Any, batches: Batches, mesh: jax.sharding.Mesh, *, beta: float,
              name: str | None) -> dict[str, float]:
     """Returns `eval_METRIC`, or `eval_NAME_METRIC`, of one held-out set, with the time it took in seconds."""
     began, parts, prefix = time.monotonic(), [], "eval_" if name is None else f"eval_{name}_"
     with Progress(f"evaluating {name or ''}".strip(), batches.steps_per_epoch) as progress:
         for step in range(batches.steps_per_epoch):
-            parts.append(eval_step(params, to_devices(batches.batch(step)[0], sharding)))
+            parts.append(eval_step(params, to_devices(batches.batch(step)[0], mesh)))
             progress.advance()
     values = loss.metrics(add_sums(jax.device_get(parts)), beta=beta)
     return {f"{prefix}{key}": value for key, value in values.items()} | {

@@ -51,21 +51,31 @@ def pair_length(chosen_length: Any, rejected_length: Any, shared: Any, share_pro
     return chosen_length + rejected_length - 2 - trunk_length(shared, share_prompt)
 
 
-def pack(lengths: Sequence[int], row_length: int, max_pairs: int) -> list[list[int]]:
-    """Returns the pairs of each row: best fit decreasing, at most `max_pairs` to a row, the same on every host."""
+def pack(sizes_PC: np.ndarray, capacity_C: Sequence[int]) -> list[list[int]]:
+    """Returns the pairs of each row: best fit decreasing, the same on every host.
+
+    sizes_PC: what each pair takes of each of a row's capacities. The first is positions, by which pairs are ordered
+    and the best fit is found; the others (slots, ...) must have room too.
+    """
     rows: list[list[int]] = []
-    open_rows: list[tuple[int, int]] = []  # (room left, row), sorted: the first that fits is the best fit
-    for pair in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        assert lengths[pair] <= row_length
-        fit = bisect.bisect_left(open_rows, (lengths[pair], -1))
+    room_of: list[np.ndarray] = []
+    open_rows: list[tuple[int, int]] = []  # (positions left, row), sorted
+    for pair in np.lexsort((np.arange(len(sizes_PC)), -sizes_PC[:, 0])).tolist():
+        size_C = sizes_PC[pair]
+        assert (size_C <= capacity_C).all()
+        fit = bisect.bisect_left(open_rows, (int(size_C[0]), -1))
+        while fit < len(open_rows) and (room_of[open_rows[fit][1]] < size_C).any():
+            fit += 1
         if fit < len(open_rows):
-            room, row = open_rows.pop(fit)
+            row = open_rows.pop(fit)[1]
         else:
-            room, row = row_length, len(rows)
+            row = len(rows)
             rows.append([])
+            room_of.append(np.array(capacity_C))
         rows[row].append(pair)
-        if len(rows[row]) < max_pairs:
-            bisect.insort(open_rows, (room - lengths[pair], row))
+        room_of[row] -= size_C
+        if (room_of[row] > 0).all():
+            bisect.insort(open_rows, (int(room_of[row][0]), row))
     return rows
 
 

@@ -1,6 +1,7 @@
 """The train state, where it lives, and the jitted train and eval steps; from shapes or from arrays."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,12 +9,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from orpo_jax import head, loss
+from orpo_jax import head
 from orpo_jax.attention import row_attention
 from orpo_jax.data import Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.packing import Rows
-from orpo_jax.sharding import batch_sharding
 from orpo_jax.weights import Params, make_graph
 
 Array = jax.Array
@@ -70,77 +70,62 @@ class Model:
     graph: nnx.GraphDef
     dtype: jnp.dtype
     remat: str
-    chunks: int
+    head: head.Settings
 
-    def sums(self, params: Params, rows: Rows) -> Sums:
-        """Returns every sum of the loss and the metrics over the rows (loss.py)."""
+    def loss(self, params: Params, rows: Rows, counts: head.Counts) -> tuple[Array, Sums]:
+        """Returns the rows' part of the step's loss, and every sum of its metrics (loss.py)."""
         # Embedding and head stay as they are, and are cast where they are used.
         cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(self.dtype), part)
                 for name, part in params.items()}
         module, attend = nnx.merge(self.graph, cast), row_attention(rows.positions, rows.q_end)
         with head.precision(self.dtype):
             hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat)
-            logps_BT, mean_logits_BT = head.token_logps(hidden_BTD, module.unembedding(), rows.targets,
-                                                        chunks=self.chunks)
-        return loss.orpo_sums(logps_BT, mean_logits_BT, rows.nll_weights, rows.segments, rows.pair_weights)
+            return head.orpo(self.head, hidden_BTD, module.unembedding(), None, rows, counts)
 
 
-def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, remat: str) -> Model:
-    chunks = head.num_chunks(layout.rows_per_device, layout.row_length, arch.spec.vocab_size)
-    return Model(make_graph(arch), dtype, remat, chunks)
+def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, remat: str, beta: float) -> Model:
+    chunks = head.num_chunks(layout.row_lengths[-1], arch.spec.vocab_size)
+    return Model(make_graph(arch), dtype, remat, head.Settings(beta, chunks))
 
 
-def _over_micro_batches(batch: StepBatch, one: Any, shapes: Any) -> Any:
-    """Returns the sum of `one(rows)` over the micro-batches; the trip count is data: one program fits all steps."""
-    def add(i: Array, total: Any) -> Any:
-        rows = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch.rows)
-        return jax.tree.map(jnp.add, total, one(rows))
+def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:
+    """Returns the sum of `one(rows)` over the micro-batches; trip counts are data: one program fits all steps."""
+    rows_of = lambda group, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), group.rows)
+    shapes = jax.eval_shape(lambda: one(rows_of(batch.groups[0], 0)))
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    for group in batch.groups:
+        add = lambda i, total, group=group: jax.tree.map(jnp.add, total, one(rows_of(group, i)))
+        total = jax.lax.fori_loop(0, group.num_micro, add, total)
+    return total
 
-    return jax.lax.fori_loop(0, batch.num_micro, add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
-
-def make_train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, beta: float,
+def make_train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
                     shardings: TrainState) -> Any:
     """Returns the jitted `(state, batch) -> (state, sums, grad_norm, learning_rate)`; it consumes the state.
 
     Gradients are summed over the micro-batches in float32, with the whole step's counts as denominators: k
     micro-batches are one big batch. grad_norm is before clipping.
     """
-    mesh = shardings.step.mesh
-
     def train_step(state: TrainState, batch: StepBatch) -> tuple[TrainState, Sums, Array, Array]:
-        def part_of_loss(params: Params, rows: Rows) -> tuple[Array, Sums]:
-            sums = model.sums(params, rows)
-            return loss.step_loss(sums, beta=beta, nll_weight=batch.nll_weight, pairs=batch.pairs), sums
-
         def gradients(rows: Rows) -> tuple[Params, Sums]:
-            grads, sums = jax.grad(part_of_loss, has_aux=True)(state.params, rows)
+            grads, sums = jax.grad(model.loss, has_aux=True)(state.params, rows, batch.counts)
             grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
             return jax.lax.with_sharding_constraint(grads, shardings.params), sums
 
-        one_rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.rows)
-        grads, sums = _over_micro_batches(batch, gradients, jax.eval_shape(gradients, one_rows))
+        grads, sums = _over_micro_batches(batch, gradients)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return (TrainState(state.step + 1, params, opt_state), sums, optax.global_norm(grads),
                 jnp.asarray(schedule(state.step)))
 
     whole = shardings.step
-    return jax.jit(train_step, donate_argnums=0, in_shardings=(shardings, _batch_shardings(mesh)),
+    return jax.jit(train_step, donate_argnums=0, in_shardings=(shardings, None),
                    out_shardings=(shardings, whole, whole, whole))
 
 
 def make_eval_step(model: Model, shardings: TrainState) -> Any:
     """Returns the jitted `(params, batch) -> sums` of held-out rows."""
     def eval_step(params: Params, batch: StepBatch) -> Sums:
-        one_rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch.rows)
-        one = lambda rows: model.sums(params, rows)
-        return _over_micro_batches(batch, one, jax.eval_shape(one, one_rows))
+        return _over_micro_batches(batch, lambda rows: model.loss(params, rows, batch.counts)[1])
 
-    return jax.jit(eval_step, in_shardings=(shardings.params, _batch_shardings(shardings.step.mesh)),
-                   out_shardings=shardings.step)
-
-
-def _batch_shardings(mesh: jax.sharding.Mesh) -> StepBatch:
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return StepBatch(batch_sharding(mesh), whole, whole, whole)  # type: ignore[arg-type]
+    return jax.jit(eval_step, in_shardings=(shardings.params, None), out_shardings=shardings.step)

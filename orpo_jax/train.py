@@ -29,7 +29,7 @@ from orpo_jax.generate import generate
 from orpo_jax.metrics import Meter, Metrics, Progress, check_trackers, log, set_up_logging
 from orpo_jax.pretrained import Pretrained, find_folder, open_pretrained
 from orpo_jax.rundir import BASE_MODEL, open_run, start_run
-from orpo_jax.sharding import batch_sharding, make_mesh, num_shards
+from orpo_jax.sharding import make_mesh, num_shards
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -142,9 +142,9 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None) -> tuple[Batches, step_lib.Model]:
         layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
-                                  arch.spec.vocab_size, platform)
+                                  platform)
         return (Batches(pairs, layout, batch_size, config.orpo, seed),
-                step_lib.make_model(arch, layout, dtype, config.model.remat))
+                step_lib.make_model(arch, layout, dtype, config.model.remat, config.orpo.beta))
 
     batches, model = lay_out(pairs, config.train.batch_size, config.seed if config.data.shuffle else None)
     held_out = {name: lay_out(some, config.eval.batch_size, None) for name, some in eval_pairs.items()}
@@ -158,12 +158,12 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
         name, schedule = None, lambda _: jnp.nan
     shardings = step_lib.state_shardings(params, optimizer, mesh)
     layout = batches.layout
-    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %d pairs, in rows of %d tokens, %d to a micro-batch",
+    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %d pairs, in rows of %s tokens, %d to a micro-batch",
              config.model.path, sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, dtype, dict(mesh.shape),
-             total_steps, config.train.batch_size, layout.row_length, layout.rows)
+             total_steps, config.train.batch_size, " or ".join(map(str, layout.row_lengths)), layout.rows)
     return Job(config, pretrained, arch, mesh, batches, {name: b for name, (b, _) in held_out.items()}, total_steps,
                counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
-               step_lib.make_train_step(model, optimizer, schedule, config.orpo.beta, shardings),
+               step_lib.make_train_step(model, optimizer, schedule, shardings),
                {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
 
 
@@ -210,7 +210,6 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
     """Takes the steps after `start`, keeping `record`; returns the state, and whether those were all."""
     config, batches = job.config, job.batches
     meter = Meter(record, config.orpo.beta, sinks, job.total_steps, batches.steps_per_epoch)
-    sharding = batch_sharding(job.mesh)
 
     def save(step: int) -> None:
         meter.write_pending()
@@ -222,7 +221,7 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
     with Progress("training", job.total_steps, start) as progress:
         for step in range(start + 1, job.total_steps + 1):
             batch, info = batches.batch(step - 1)
-            state, sums, grad_norm, learning_rate = job.train_step(state, data.to_devices(batch, sharding))
+            state, sums, grad_norm, learning_rate = job.train_step(state, data.to_devices(batch, job.mesh))
             # The line of the step before, read only now that the device has this step to work on.
             meter.write_pending()
             meter.add(sums, info)
@@ -254,8 +253,7 @@ def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bo
 def evaluate_all(job: Job, state: step_lib.TrainState, record: Record, step: int, sinks: Metrics) -> None:
     """Writes the metrics of every held-out set, and shows a few continuations."""
     for name, batches in job.eval_batches.items():
-        values = evaluate(job.eval_steps[name], state.params, batches, batch_sharding(job.mesh),
-                          beta=job.config.orpo.beta, name=name)
+        values = evaluate(job.eval_steps[name], state.params, batches, job.mesh, beta=job.config.orpo.beta, name=name)
         sinks.write(step, values)
         record.metrics.update({key: value for key, value in values.items() if not key.endswith("_runtime")})
         prefix = "eval_" if name is None else f"eval_{name}_"

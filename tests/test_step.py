@@ -41,7 +41,7 @@ class Trial:
         count = int(np.prod(mesh_sizes))
         mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)), jax.devices()[:count])
         config = dataclasses.replace(self.data_config, **data_changes)
-        layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), 408, "cpu")
+        layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), "cpu")
         batches = data.Batches(self.pairs, layout, PAIRS, self.orpo, None)
         optim_config = config_lib.OptimConfig(learning_rate=learning_rate, lr_scheduler_type="constant")
         optimizer = optimizer or optim.make_optimizer(optim_config, 10, self.arch.decay_mask())
@@ -50,17 +50,17 @@ class Trial:
             shardings = step_lib.state_shardings(abstract, optimizer, mesh)
             params = weights.load_params(self.folder, self.arch, mesh=mesh)
             state = step_lib.initial_state(params, optimizer, shardings)
-            model = step_lib.make_model(self.arch, layout, dtype, remat)
+            model = step_lib.make_model(self.arch, layout, dtype, remat, self.orpo.beta)
             if chunks:
-                model = dataclasses.replace(model, chunks=chunks)
+                model = dataclasses.replace(model, head=model.head._replace(chunks=chunks))
             train_step = step_lib.make_train_step(
-                model, optimizer, optim.learning_rate_schedule(optim_config, 10), self.orpo.beta, shardings)
+                model, optimizer, optim.learning_rate_schedule(optim_config, 10), shardings)
             for step in range(steps):
                 batch, _ = batches.batch(step)
-                state, sums, grad_norm, _ = train_step(state, data.to_devices(batch, sharding.batch_sharding(mesh)))
+                state, sums, grad_norm, _ = train_step(state, data.to_devices(batch, mesh))
         sums = {name: float(value) for name, value in sums.items()}
         metrics = {**loss.metrics(sums, beta=self.orpo.beta), "grad_norm": float(grad_norm)}
-        return metrics, flatten(jax.device_get(state.params)), train_step, int(batch.num_micro)
+        return metrics, flatten(jax.device_get(state.params)), train_step, sum(int(group.num_micro) for group in batch.groups)
 
 
 def assert_same(got, expected, *, weights_within=1e-5):
