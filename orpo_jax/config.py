@@ -44,7 +44,9 @@ class ModelConfig:
     # The type of the master weights and of the optimiser's state.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla"] = free("auto")
-    remat: Literal["none", "full"] = free("none")
+    # What the backward pass computes again, from nothing to everything but the layers' inputs; 'auto': the least with
+    # which the step fits the device.
+    remat: Literal["auto", "none", "minimal", "attention", "full"] = free("auto")
 
     def __post_init__(self):
         check(bool(self.path), "model.path", "must name a folder or a hub id", self.path)
@@ -149,6 +151,9 @@ class TrainConfig:
     max_steps: int = -1
     # Pairs per optimiser step over all devices and micro-batches.
     batch_size: int = 8
+    # None: a step takes exactly batch_size pairs. Else it takes this many full rows over all devices, whatever the
+    # number of pairs that they hold: for speed first.
+    rows_per_step: int | None = None
     # Rows of one micro-batch on one device. Changes speed and memory, never a number.
     rows_per_device: int | Literal["auto"] = free("auto")
 
@@ -158,6 +163,8 @@ class TrainConfig:
               self.max_steps)
         check(self.max_steps > 0 or 0 < self.num_train_epochs < math.inf, "train.num_train_epochs",
               "must be above 0 and finite", self.num_train_epochs)
+        if self.rows_per_step is not None:
+            check(self.rows_per_step >= 1, "train.rows_per_step", "must be at least 1 or None", self.rows_per_step)
         if self.rows_per_device != "auto":
             check(self.rows_per_device >= 1, "train.rows_per_device", "must be 'auto' or at least 1",
                   self.rows_per_device)
@@ -253,6 +260,8 @@ class Config:
 
     def __post_init__(self):
         check(bool(self.output_dir), "output_dir", "must name a folder", self.output_dir)
+        check(self.train.rows_per_step is None or self.data.packing, "train.rows_per_step", "needs data.packing",
+              self.train.rows_per_step)
         check(0 <= self.seed < 2**32, "seed", "must be from 0 to 2**32 - 1", self.seed)
 
 
@@ -445,9 +454,11 @@ def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
         return values
 
     now = to_dict(config)
+    # Where a step is a number of rows, which pairs it takes follows from these too.
+    rows = {"data.share_prompt", "data.row_length"} if config.train.rows_per_step is not None else set()
     return [f"{key}: the run has {lookup(saved, key)!r}, this command has {lookup(now, key)!r}"
             for key, field in FIELDS.items()
-            if not field.metadata.get("free") and lookup(saved, key) != lookup(now, key)]
+            if (key in rows or not field.metadata.get("free")) and lookup(saved, key) != lookup(now, key)]
 
 
 def main_errors(command: Any) -> None:

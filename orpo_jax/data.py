@@ -3,19 +3,22 @@
 Shapes: M micro-batches, B rows of one micro-batch over all devices, T tokens of a row, S pair slots of a row.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import jax
@@ -336,7 +339,7 @@ class BatchInfo(NamedTuple):
 class Layout:
     """The shapes of every batch of a run: one compiled program serves them all."""
 
-    row_lengths: tuple[int, ...]  # one where rows are packed
+    row_lengths: tuple[int, ...]  # rising; a compiled loop for each
     rows_per_device: int
     num_shards: int
     max_pairs: int  # slots of a row
@@ -354,17 +357,13 @@ class Layout:
         return -(-self.max_rows // self.rows)
 
     def plan(self, lengths: np.ndarray) -> list[list[list[int]]]:
-        """Returns the rows of each length as lists of pairs: a pair goes to the shortest length that holds it."""
-        group_of = np.searchsorted(self.row_lengths, lengths)
-        plans = []
-        for group, row_length in enumerate(self.row_lengths):
-            members = np.flatnonzero(group_of == group)
-            rows = packing.pack(np.stack([lengths[members], np.ones_like(members)], axis=1),
-                                (row_length, self.max_pairs))
-            plans.append([members[row].tolist() for row in rows])
-        return plans
+        """Returns the rows of each length as lists of pairs: a row has the shortest length that holds its pairs."""
+        rows = packing.pack(np.stack([lengths, np.ones_like(lengths)], axis=1), (self.row_lengths[-1], self.max_pairs))
+        group_of = np.searchsorted(self.row_lengths, [lengths[row].sum() for row in rows])
+        return [[row for row, at in zip(rows, group_of, strict=True) if at == group]
+                for group in range(len(self.row_lengths))]
 
-    def num_micro(self, plan: list[list[list[int]]]) -> list[int]:
+    def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
         """Returns the micro-batches of each length; each gives every shard the same number of rows."""
         return [-(-len(rows) // self.rows) for rows in plan]
 
@@ -383,46 +382,57 @@ MICRO_BATCH_TOKENS = 4096
 # Pairs that layouts are tried on, and how much of the best fill is given up for shorter rows or larger micro-batches.
 SAMPLE_PAIRS = 2048
 FILL_SLACK = 0.02
+# With train.rows_per_step: pairs that are packed together, and tokens of a row. 1,024 pairs fill 99 % of such rows.
+PACKING_BUFFER = 1024
+FULL_ROW_LENGTH = 2048
 
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
-                platform: str) -> Layout:
+                platform: str, rows_per_step: int | None = None) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that fill the rows of sample steps best:
-    where a shard has few pairs, rows of one pair's length would leave half of the last micro-batch empty.
+    where a shard has few pairs, rows of one length would leave half of the last micro-batch empty.
     """
     lengths = pairs.lengths(config.share_prompt)
     unit = 64 if platform == "cpu" else 128
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
     longest = int(lengths.max())
-    if config.row_length != "auto":
+    if config.row_length == "auto" and rows_per_step is not None:
+        # Which pairs a step takes follows from it: the same on every machine.
+        tops = {max(FULL_ROW_LENGTH, -(-longest // 128) * 128)}
+    elif config.row_length == "auto":
+        tops = {round_up(longest * (1 + i / 8)) for i in range(13 if config.packing else 1)}
+    else:
         if longest > config.row_length:
             raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got "
                              f"{config.row_length}; set 'auto', or lower data.max_length")
-        row_lengths = [(config.row_length,)]
-    elif config.packing:
-        row_lengths = [(length,) for length in sorted({round_up(longest * (1 + i / 8)) for i in range(13)})]
-    else:  # up to four lengths, each for an equal share of the pairs
-        row_lengths = [tuple(sorted({round_up(x) for x in np.quantile(lengths, np.arange(1, n + 1) / n)}))
-                       for n in range(1, 5)]
+        tops = {config.row_length}
+    # Packed rows come short at a step's end, others always: those have lengths for equal shares of the pairs.
+    shares = lambda top, n: np.arange(1, n) * top / n if config.packing else np.quantile(lengths, np.arange(1, n) / n)
+    row_lengths = sorted({tuple(sorted({*map(round_up, shares(top, n)), top})) for top in tops
+                          for n in ((1, 2, 4) if config.row_length == "auto" and rows_per_step is None else (1,))})
+    steps_rows = rows_per_step or batch_size
 
     def candidates() -> Iterator[Layout]:
         branch_length = round_up(pairs.sequence_lengths().max() - 1)
         for some in row_lengths:
-            max_pairs = min(batch_size, max(1, some[-1] // max(int(lengths.min()), 1))) if config.packing else 1
-            most = 1 if platform == "cpu" else max(1, min(MICRO_BATCH_TOKENS // some[-1], -(-batch_size // num_shards)))
+            max_pairs = some[-1] // max(int(lengths.min()), 1) if config.packing else 1
+            if rows_per_step is None:
+                max_pairs = min(max_pairs, batch_size)
+            most = 1 if platform == "cpu" else max(1, min(MICRO_BATCH_TOKENS // some[-1], -(-steps_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                yield Layout(some, rows, num_shards, max_pairs, branch_length, batch_size, config.share_prompt)
+                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, steps_rows, config.share_prompt)
 
     layouts = list(candidates())
-    if len(layouts) == 1:
+    if len(layouts) == 1 or rows_per_step is not None:
         return layouts[0]
     sample = np.random.default_rng(0).permutation(lengths)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
     fills = [layout.fill(steps) for layout in layouts]
     good = [layout for layout, fill in zip(layouts, fills, strict=True) if fill >= max(fills) - FILL_SLACK]
-    return min(good, key=lambda layout: (layout.row_lengths[-1], -layout.rows_per_device, len(layout.row_lengths)))
+    # One program has a loop for each length: few of them compile fast.
+    return min(good, key=lambda layout: (len(layout.row_lengths), layout.row_lengths[-1], -layout.rows_per_device))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,29 +444,67 @@ class Batches:
     batch_size: int
     orpo: OrpoConfig
     seed: int | None  # None: file order
+    # None: a step takes batch_size pairs, in as many rows as they need. Else it takes that many full rows.
+    rows_per_step: int | None = None
 
     @property
     def steps_per_epoch(self) -> int:
+        return self.num_steps(0)
+
+    def num_steps(self, epoch: int) -> int:
+        """Returns the steps of an epoch; with rows_per_step they may differ by a few."""
+        if self.rows_per_step is not None:
+            return -(-len(self._epoch_rows(epoch)) // self.rows_per_step)
         return -(-len(self.pairs) // self.batch_size)
 
+    def locate(self, step: int) -> tuple[int, int]:
+        """Returns the epoch of a step, and its place in it."""
+        epoch = 0
+        while step >= self.num_steps(epoch):
+            step -= self.num_steps(epoch)
+            epoch += 1
+        return epoch, step
+
+    def plan(self, step: int) -> list[list[np.ndarray]]:
+        """Returns the pairs of each row of a step, by row length; an epoch's last step may have fewer."""
+        epoch, place = self.locate(step)
+        if self.rows_per_step is not None:
+            return [self._epoch_rows(epoch)[place * self.rows_per_step:(place + 1) * self.rows_per_step]]
+        members = self._order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
+        return [[members[row] for row in rows] for rows in self.layout.plan(self._lengths[members])]
+
     def members(self, step: int) -> np.ndarray:
-        """Returns the pairs of a step; an epoch's last step may have fewer."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        return self._order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
+        """Returns the pairs of a step."""
+        return np.concatenate([row for rows in self.plan(step) for row in rows])
+
+    @functools.cached_property
+    def _lengths(self) -> np.ndarray:
+        return self.pairs.lengths(self.layout.share_prompt)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a run makes one Batches per data set
     def _order(self, epoch: int) -> np.ndarray:
         count = len(self.pairs)
         return np.arange(count) if self.seed is None else np.random.default_rng([self.seed, epoch]).permutation(count)
 
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _epoch_rows(self, epoch: int) -> list[np.ndarray]:
+        """Returns an epoch's rows, each buffer of shuffled pairs packed by itself and its rows shuffled again.
+
+        The planner orders pairs by length: unshuffled, a step would see long ones only, or short ones.
+        """
+        order, rows = self._order(epoch), []
+        for start in range(0, len(order), PACKING_BUFFER):
+            buffer = order[start:start + PACKING_BUFFER]
+            packed = [buffer[row] for row in self.layout.plan(self._lengths[buffer])[0]]
+            shuffled = range(len(packed)) if self.seed is None else np.random.default_rng(
+                [self.seed, epoch, start]).permutation(len(packed))
+            rows.extend(packed[i] for i in shuffled)
+        return rows
+
     def batch(self, step: int) -> tuple[StepBatch, BatchInfo]:
         """Returns the step's rows as numpy arrays, the same on every host, and what they hold."""
-        layout, pairs = self.layout, [self.pairs[i] for i in self.members(step)]
-        branches = np.array([[packing.trunk_length(p.shared, layout.share_prompt), len(p.chosen_ids) - 1,
-                              len(p.rejected_ids) - 1] for p in pairs])
-        lengths = branches @ (-1, 1, 1)
-        plan = layout.plan(lengths)
-        groups = []
+        layout, plan, groups = self.layout, self.plan(step), []
+        pairs = {i: self.pairs[i] for rows in plan for row in rows for i in row.tolist()}
         for row_length, rows_of_pairs, num_micro in zip(layout.row_lengths, plan, layout.num_micro(plan), strict=True):
             rows = packing.build_rows(
                 pairs, rows_of_pairs, num_rows=layout.max_micro * layout.rows, row_length=row_length,
@@ -467,8 +515,10 @@ class Batches:
         count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.
         counts = Counts(*(np.float32(count(weights) or 1) for weights in ("nll_weights", "pair_weights")))
+        branches = np.array([[packing.trunk_length(p.shared, layout.share_prompt), len(p.chosen_ids) - 1,
+                              len(p.rejected_ids) - 1] for p in pairs.values()])
         return StepBatch(tuple(groups), counts), BatchInfo(
-            int(lengths.sum()), layout.slots([int(group.num_micro) for group in groups]), branches)
+            int(self._lengths[list(pairs)].sum()), layout.slots(layout.num_micro(plan)), branches)
 
 
 def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -483,9 +533,29 @@ def to_devices(batch: StepBatch, mesh: jax.sharding.Mesh) -> StepBatch:
                         batch, batch_shardings(batch, mesh))
 
 
+T = TypeVar("T")
+
+
+def ahead(make: Callable[[int], T], steps: Iterable[int], count: int = 2) -> Generator[tuple[T, float]]:
+    """Yields make(step) of each step, made by a thread up to `count` steps ahead, and the seconds waited for it."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        left = iter(steps)
+        waiting = collections.deque(pool.submit(make, step) for step in itertools.islice(left, count))
+        while waiting:
+            began = time.monotonic()
+            made = waiting.popleft().result()
+            waited = time.monotonic() - began
+            waiting.extend(pool.submit(make, step) for step in itertools.islice(left, 1))
+            yield made, waited
+
+
 def total_steps(batches: Batches, num_train_epochs: float, max_steps: int) -> int:
     """Returns the optimiser steps of a run; fractional epochs are rounded up to whole steps, as in HF's Trainer."""
-    return max_steps if max_steps > 0 else math.ceil(num_train_epochs * batches.steps_per_epoch)
+    if max_steps > 0:
+        return max_steps
+    epochs = math.floor(num_train_epochs)
+    return sum(map(batches.num_steps, range(epochs))) + math.ceil(
+        (num_train_epochs - epochs) * batches.num_steps(epochs))
 
 
 def check_tables(pairs: Pairs, vocab_size: int, max_positions: int, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import CustomVJPPrimal
 from jax.sharding import PartitionSpec as P
 
 from orpo_jax import loss
@@ -59,6 +60,17 @@ class Counts(NamedTuple):
     pairs: Any  # float32, pairs that count
 
 
+class Wanted(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+Gradients = tuple[Array | None, Array | None, Array | None]  # of hidden states, weight and bias
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def orpo(settings: Settings, hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows,
          counts: Counts) -> tuple[Array, Sums]:
@@ -67,134 +79,133 @@ def orpo(settings: Settings, hidden_BTD: Array, weight_VD: Array, bias_V: Array 
     Gradients of hidden states, weight and bias are those of the loss: the sums are for reading, and their cotangents
     are ignored. Undifferentiated it makes none; a weight that is not differentiated (a frozen head) costs none.
     """
-    return _on_mesh(settings, (False, False, False), hidden_BTD, weight_VD, bias_V, rows, counts)[0]
+    return _on_mesh(settings, Wanted(False, False, False), hidden_BTD, weight_VD, bias_V, rows, counts)[0]
 
 
-def _forward(settings: Settings, hidden: Any, weight: Any, bias: Any, rows: Any, counts: Any) -> tuple[Any, Any]:
-    wanted = tuple(x is not None and x.perturbed for x in (hidden, weight, bias))
-    args = jax.tree.map(lambda x: x.value, (hidden, weight, bias, rows, counts), is_leaf=lambda x: hasattr(x, "value"))
-    return _on_mesh(settings, wanted, *args)
+def _forward(settings: Settings, *args: Any) -> tuple[Any, Any]:
+    values = jax.tree.map(lambda x: x.value, args, is_leaf=lambda x: isinstance(x, CustomVJPPrimal))
+    wanted = Wanted(*(x is not None and x.perturbed for x in args[:3]))
+    result, grads = _on_mesh(settings, wanted, *values)
+    return result, jax.tree.map(lambda grad, x: grad.astype(x.dtype), grads, tuple(
+        x if want else None for x, want in zip(values, wanted, strict=False)))
 
 
-def _backward(settings: Settings, grads: Any, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    scale = cotangents[0]
-    scaled = [None if g is None else (scale * g.astype(jnp.float32)).astype(g.dtype) for g in grads]
-    return *scaled, None, None
+def _backward(settings: Settings, grads: Gradients, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
+    of_loss = cotangents[0]
+    return *jax.tree.map(lambda grad: of_loss.astype(grad.dtype) * grad, grads), None, None
 
 
 orpo.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _on_mesh(settings: Settings, wanted: tuple[bool, bool, bool], hidden_BTD: Array, weight_VD: Array,
-             bias_V: Array | None, rows: Rows, counts: Counts) -> tuple[tuple[Array, Sums], tuple]:
-    """Runs each device's rows on it: the weight is gathered once, and its gradient lies as it does."""
+def _on_mesh(settings: Settings, wanted: Wanted, hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows,
+             counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
+    """Runs each device's rows on it. The weight is gathered over fsdp once, and its gradient comes back split."""
     mesh = jax.sharding.get_abstract_mesh()
-    local = partial(_local, settings, wanted)
     if mesh.empty:
-        return local(None, hidden_BTD, weight_VD, bias_V, rows, counts)
+        return _rows(settings, wanted, None, hidden_BTD, weight_VD.astype(hidden_BTD.dtype), bias_V, rows, counts)
     weight_spec = weight_sharding(mesh, "unembed", "vd", weight_VD.shape).spec
-    bias_spec, by_row = P(weight_spec[0]), P(BATCH_AXES)
-    grad_specs = [spec if want else P() for want, spec in zip(wanted, (by_row, weight_spec, bias_spec), strict=True)]
-    sharded = jax.shard_map(
-        partial(local, weight_spec), mesh=mesh, in_specs=(by_row, weight_spec, bias_spec, by_row, P()),
-        out_specs=(P(), tuple(grad_specs)), check_vma=False)
-    return sharded(hidden_BTD, weight_VD, bias_V, rows, counts)
+    vocab_axis, model_axis = weight_spec
+    by_row, by_word = P(BATCH_AXES), P(vocab_axis)
 
-
-def _local(settings: Settings, wanted: tuple[bool, bool, bool], weight_spec: P | None, hidden_BTD: Array,
-           weight_VD: Array, bias_V: Array | None, rows: Rows, counts: Counts) -> tuple[tuple[Array, Sums], tuple]:
-    """Returns the loss and sums of all devices' rows, and the gradients: of this device's rows, of all for weights."""
-    vocab_axis, model_axis = weight_spec or (None, None)
-    whole_VD = weight_VD.astype(hidden_BTD.dtype)
-    if model_axis is not None:
-        whole_VD = jax.lax.all_gather(whole_VD, model_axis, axis=1, tiled=True)
-
-    def one_row(grads: Any, row: tuple[Array, Rows]) -> tuple[Any, Any]:
-        part, dhidden_TD, grads = _row(settings, wanted, vocab_axis, *row, whole_VD, bias_V, counts, grads)
-        return grads, (part, dhidden_TD)
-
-    none = [jnp.zeros(x.shape, jnp.float32) if want else None for want, x in zip(wanted[1:], (whole_VD, bias_V),
-                                                                                strict=True)]
-    (dweight_VD, dbias_V), (parts, dhidden_BTD) = jax.lax.scan(one_row, tuple(none), (hidden_BTD, rows))
-    result = jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-    if weight_spec is not None:
-        result = jax.lax.psum(result, BATCH_AXES)
-        if vocab_axis is not None and wanted[0]:
-            dhidden_BTD = jax.lax.psum(dhidden_BTD, vocab_axis)
-        if wanted[1]:
-            summed_over = [axis for axis in BATCH_AXES if axis != model_axis]
-            if model_axis is not None:
-                dweight_VD = jax.lax.psum_scatter(dweight_VD, model_axis, scatter_dimension=1, tiled=True)
-            dweight_VD = jax.lax.psum(dweight_VD, summed_over)
-        if wanted[2]:
+    def on_device(hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows, counts: Counts) -> Any:
+        whole_VD = jax.lax.all_gather(weight_VD.astype(hidden_BTD.dtype), model_axis, axis=1, tiled=True)
+        result, (dhidden_BTD, dweight_VD, dbias_V) = _rows(settings, wanted, vocab_axis, hidden_BTD, whole_VD, bias_V,
+                                                           rows, counts)
+        if dweight_VD is not None:
+            dweight_VD = jax.lax.psum_scatter(dweight_VD, model_axis, scatter_dimension=1, tiled=True)
+            dweight_VD = jax.lax.psum(dweight_VD, [axis for axis in BATCH_AXES if axis != model_axis])
+        if dbias_V is not None:
             dbias_V = jax.lax.psum(dbias_V, BATCH_AXES)
-    if wanted[0]:
-        dhidden_BTD = dhidden_BTD.astype(hidden_BTD.dtype)
-    types = (None, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
-    weights = [g if g is None else g.astype(t) for g, t in zip((dweight_VD, dbias_V), types[1:], strict=True)]
-    return result, (dhidden_BTD, *weights)
+        if dhidden_BTD is not None and vocab_axis is not None:
+            dhidden_BTD = jax.lax.psum(dhidden_BTD, vocab_axis)
+        return jax.lax.psum(result, BATCH_AXES), (dhidden_BTD, dweight_VD, dbias_V)
+
+    # check_vma=False: it would ask for a cast of each number that is the same on all devices.
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(by_row, weight_spec, by_word, by_row, P()),
+                         out_specs=(P(), (by_row, weight_spec, by_word)), check_vma=False)(
+        hidden_BTD, weight_VD, bias_V, rows, counts)
 
 
-def _row(settings: Settings, wanted: tuple[bool, bool, bool], vocab_axis: str | None, hidden_TD: Array, row: Rows,
-         weight_VD: Array, bias_V: Array | None, counts: Counts, grads: Any) -> tuple[Any, Array | None, Any]:
-    """Returns a row's loss and sums, the gradient of its hidden states, and `grads` with its part added."""
-    first = 0 if vocab_axis is None else jax.lax.axis_index(vocab_axis) * weight_VD.shape[0]
-    across = (lambda x: x) if vocab_axis is None else partial(jax.lax.psum, axis_name=vocab_axis)
+def _rows(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_BTD: Array, weight_VD: Array,
+          bias_V: Array | None, rows: Rows, counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
+    """Returns the loss and sums of one device's rows and their gradients, float32; None for those not wanted."""
+    def one_row(dweights: Any, row: tuple[Array, Rows]) -> tuple[Any, Any]:
+        part, dhidden_TD, dweights = _row(settings, wanted, vocab_axis, *row, weight_VD, bias_V, counts, dweights)
+        return dweights, (part, dhidden_TD)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) if want else None
+                  for x, want in ((weight_VD, wanted.weight), (bias_V, wanted.bias)))
+    dweights, (parts, dhidden_BTD) = jax.lax.scan(one_row, zeros, (hidden_BTD, rows))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts), (dhidden_BTD, *dweights)
+
+
+def _row(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_TD: Array, row: Rows, weight_VD: Array,
+         bias_V: Array | None, counts: Counts, dweights: Any) -> tuple[Any, Array | None, Any]:
+    """Returns a row's loss and sums, the gradient of its hidden states, and `dweights` with its part added."""
+    num_words = weight_VD.shape[0]
+    if vocab_axis is None:
+        first, across, largest = 0, lambda x: x, lambda x: x
+    else:
+        first, num_words = jax.lax.axis_index(vocab_axis) * num_words, num_words * jax.lax.axis_size(vocab_axis)
+        across, largest = partial(jax.lax.psum, axis_name=vocab_axis), partial(jax.lax.pmax, axis_name=vocab_axis)
     words_V = first + jnp.arange(weight_VD.shape[0])
 
-    def of_chunk(hidden_CD: Array) -> Array:
+    def logits_of(hidden_CD: Array) -> Array:
         return logits(hidden_CD, weight_VD, bias_V, settings.softcap)
 
-    def read(hidden_CD: Array, targets_C: Array, logits_CV: Array) -> tuple[Array, Array, Array]:
-        """Returns the logit of each target, the log of the sum of all exps, and the sum of logits."""
-        max_C = jax.lax.stop_gradient(jnp.max(logits_CV, axis=-1))
-        if vocab_axis is not None:
-            max_C = jax.lax.pmax(max_C, vocab_axis)
+    def read(logits_CV: Array, targets_C: Array) -> tuple[Array, Array, Array]:
+        """Returns each target's logit, the log of the sum of all exps, and the mean logit."""
+        max_C = largest(jnp.max(logits_CV, axis=-1))
         at_C = jnp.clip(targets_C - first, 0, weight_VD.shape[0] - 1)
         target_C = jnp.where(words_V[at_C] == targets_C, jnp.take_along_axis(logits_CV, at_C[:, None], 1)[:, 0], 0.0)
         sum_C = across(jnp.sum(jnp.exp(logits_CV - max_C[:, None]), axis=-1))
-        return across(target_C), max_C + jnp.log(sum_C), across(jnp.sum(logits_CV, axis=-1))
+        return across(target_C), max_C + jnp.log(sum_C), across(jnp.sum(logits_CV, axis=-1)) / num_words
 
-    def pull_back(grads: Any, hidden_CD: Array, targets_C: Array, logits_CV: Array, lse_C: Array,
-                  dlogps_C: Array) -> tuple[Any, Array | None]:
-        """Adds a chunk's gradients of weight and bias to `grads`, and returns that of its hidden states."""
+    def pull_back(dweights: Any, chunk: tuple[Array, ...]) -> tuple[Any, Array | None]:
+        """Returns `dweights` with a chunk's gradients of weight and bias added, and that of its hidden states."""
+        hidden_CD, targets_C, lse_C, dlogps_C, logits_CV = chunk
         probs_CV = jnp.exp(logits_CV - lse_C[:, None])
         dlogits_CV = jnp.where(words_V == targets_C[:, None], 1 - probs_CV, -probs_CV) * dlogps_C[:, None]
         if settings.softcap is not None:
             dlogits_CV *= 1 - jnp.square(logits_CV / settings.softcap)
-        dweight_VD, dbias_V = grads
-        if dbias_V is not None:
+        dweight_VD, dbias_V = dweights
+        if wanted.bias:
             dbias_V += jnp.sum(dlogits_CV, axis=0)
         dlogits_CV = dlogits_CV.astype(hidden_CD.dtype)
-        if dweight_VD is not None:
+        if wanted.weight:
             dweight_VD += jnp.einsum("cv,cd->vd", dlogits_CV, hidden_CD, preferred_element_type=jnp.float32)
-        dhidden_CD = jnp.einsum("cv,vd->cd", dlogits_CV, weight_VD, preferred_element_type=jnp.float32)
-        return (dweight_VD, dbias_V), dhidden_CD if wanted[0] else None
+        dhidden_CD = None
+        if wanted.hidden:
+            dhidden_CD = jnp.einsum("cv,vd->cd", dlogits_CV, weight_VD, preferred_element_type=jnp.float32)
+        return (dweight_VD, dbias_V), dhidden_CD
 
-    def loss_of(logps_T: Array) -> tuple[Array, Sums]:
-        by_row = jax.tree.map(lambda x: x[None], row)
-        sums = loss.orpo_sums(logps_T[None], mean_logits_T[None], by_row.nll_weights, by_row.segments,
-                              by_row.pair_weights)
+    def loss_of(logps_T: Array, mean_logits_T: Array) -> tuple[Array, Sums]:
+        of_row = jax.tree.map(lambda x: x[None], row)
+        sums = loss.orpo_sums(logps_T[None], mean_logits_T[None], of_row.nll_weights, of_row.segments,
+                              of_row.pair_weights)
         return loss.step_loss(sums, beta=settings.beta, nll_weight=counts.nll_weight, pairs=counts.pairs), sums
 
-    T = hidden_TD.shape[0]
-    split = lambda *xs: tuple(x.reshape(settings.chunks, T // settings.chunks, *x.shape[1:]) for x in xs)
-    join = lambda xs: jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), xs)
-    kept_TV = of_chunk(hidden_TD) if settings.chunks == 1 else None
-    if kept_TV is not None:
-        target_T, lse_T, sum_T = read(hidden_TD, row.targets, kept_TV)
+    def in_chunks(*xs: Array) -> tuple[Array, ...]:
+        return tuple(x.reshape(settings.chunks, -1, *x.shape[1:]) for x in xs)
+
+    def joined(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+    if settings.chunks == 1:
+        logits_TV = logits_of(hidden_TD)
+        target_T, lse_T, mean_T = read(logits_TV, row.targets)
     else:
-        target_T, lse_T, sum_T = join(jax.lax.map(
-            lambda chunk: read(*chunk, of_chunk(chunk[0])), split(hidden_TD, row.targets)))
-    mean_logits_T = sum_T / (weight_VD.shape[0] if vocab_axis is None else
-                             weight_VD.shape[0] * jax.lax.axis_size(vocab_axis))
+        target_T, lse_T, mean_T = joined(jax.lax.map(lambda chunk: read(logits_of(chunk[0]), chunk[1]),
+                                                     in_chunks(hidden_TD, row.targets)))
     if not any(wanted):
-        return loss_of(target_T - lse_T), None, grads
-    part, dlogps_T = jax.value_and_grad(loss_of, has_aux=True)(target_T - lse_T)
-    if kept_TV is not None:
-        grads, dhidden_TD = pull_back(grads, hidden_TD, row.targets, kept_TV, lse_T, dlogps_T)
-        return part, dhidden_TD, grads
-    grads, dhidden = jax.lax.scan(
-        lambda grads, chunk: pull_back(grads, chunk[0], chunk[1], of_chunk(chunk[0]), *chunk[2:]), grads,
-        split(hidden_TD, row.targets, lse_T, dlogps_T))
-    return part, join(dhidden), grads
+        return loss_of(target_T - lse_T, mean_T), None, dweights
+    part, dlogps_T = jax.value_and_grad(loss_of, has_aux=True)(target_T - lse_T, mean_T)
+    known = (hidden_TD, row.targets, lse_T, dlogps_T)
+    if settings.chunks == 1:
+        dweights, dhidden_TD = pull_back(dweights, (*known, logits_TV))
+    else:
+        dweights, dhidden = jax.lax.scan(lambda dweights, chunk: pull_back(dweights, (*chunk, logits_of(chunk[0]))),
+                                         dweights, in_chunks(*known))
+        dhidden_TD = joined(dhidden)
+    return part, dhidden_TD, dweights

@@ -1,13 +1,14 @@
 """Where numbers go: metrics.jsonl, trackers, and progress on a terminal or in a log file."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -137,17 +138,51 @@ def device_memory() -> dict[str, float]:
     return {"peak_memory_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
 
 
+class CompileCounter:
+    """Counts what JAX compiles inside `with` blocks, and warns from the second block on: a step compiles once."""
+
+    def __init__(self):
+        self.blocks = self.compiled = 0
+        self.inside = False
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, *_: Any, **__: Any) -> None:
+        self.compiled += self.inside and event == "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self) -> None:
+        self.inside, self.before = True, self.compiled
+
+    def __exit__(self, *_: Any) -> None:
+        self.inside = False
+        self.blocks += 1
+        if self.compiled > self.before and self.blocks > 1:
+            log.warning("step compiled again, %d programs so far: the shapes or types of its arrays have changed",
+                        self.compiled)
+
+
+@dataclasses.dataclass
+class Interval:
+    """What is counted between two train lines."""
+
+    tokens: int = 0
+    pairs: int = 0
+    waited: float = 0.0  # seconds
+    work: float = 0.0  # seconds of all devices at their peak
+
+
 class Meter:
     """The train lines: exact means over the steps since the last line, written one step late.
 
     Reading a step's sums waits for that step; a step late, the device already works on the next one.
     """
 
-    def __init__(self, record: Any, beta: float, sinks: "Metrics", total_steps: int, steps_per_epoch: int):
+    def __init__(self, record: Any, beta: float, sinks: "Metrics", total_steps: int, steps_per_epoch: int,
+                 work: Callable[[Any], float] | None):
+        """work: the seconds that all devices would need for a step at their peak, for `mfu`."""
         self.record, self.beta, self.sinks = record, beta, sinks
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
+        self.total_steps, self.steps_per_epoch, self.work = total_steps, steps_per_epoch, work
         self.pending: tuple | None = None
-        self.began, self.tokens, self.pairs = time.monotonic(), 0, 0
+        self.began, self.interval = time.monotonic(), Interval()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -158,20 +193,24 @@ class Meter:
         yield
         self.began += time.monotonic() - start
 
-    def add(self, sums: Mapping[str, Any], info: Any) -> None:
+    def add(self, sums: Mapping[str, Any], info: Any, waited: float) -> None:
+        """info: what the step's batch holds; waited: the seconds that the step had to wait for it."""
         self.record.parts.append({**sums, "tokens": info.tokens, "slots": info.slots})
         self.record.tokens += info.tokens
-        self.tokens += info.tokens
-        self.pairs += info.pairs
+        interval = self.interval
+        interval.tokens += info.tokens
+        interval.pairs += len(info.branches)
+        interval.waited += waited
+        interval.work += self.work(info) if self.work is not None else 0.0
 
     def end_interval(self, step: int, grad_norm: Any, learning_rate: Any) -> None:
-        self.pending = (step, grad_norm, learning_rate, self.record.tokens, self.tokens, self.pairs)
-        self.tokens = self.pairs = 0
+        self.pending = (step, grad_norm, learning_rate, self.record.tokens, self.interval)
+        self.interval = Interval()
 
     def write_pending(self) -> None:
         if self.pending is None:
             return
-        step, grad_norm, learning_rate, num_tokens, tokens, pairs = self.pending
+        step, grad_norm, learning_rate, num_tokens, interval = self.pending
         self.pending = None
         sums = add_sums(jax.device_get(self.record.parts))
         self.record.parts.clear()
@@ -183,11 +222,16 @@ class Meter:
                   "padding_fraction": 1 - sums["tokens"] / sums["slots"],
                   "truncated_fraction": counts["truncated"] / counts["pairs"]}
         self.record.metrics.update(values)
-        speed = {"tokens_per_second": tokens / seconds, "pairs_per_second": pairs / seconds}
+        speed = {"tokens_per_second": interval.tokens / seconds, "pairs_per_second": interval.pairs / seconds,
+                 "data_wait_seconds": interval.waited}
+        if self.work is not None:
+            speed["mfu"] = interval.work / seconds
         self.sinks.write(step, values | speed | device_memory())
-        log.info("step %d of %d: loss %.4f  nll %.4f  accuracy %.3f  margin %.4f  grad %.3f  lr %.2e  %.2f pairs/s",
+        log.info("step %d of %d: loss %.4f  nll %.4f  accuracy %.3f  margin %.4f  grad %.3f  lr %.2e  %.2f pairs/s  "
+                 "waited %.1f s",
                  step, self.total_steps, values["loss"], values["nll_loss"], values["rewards/accuracies"],
-                 values["rewards/margins"], values["grad_norm"], values["learning_rate"], speed["pairs_per_second"])
+                 values["rewards/margins"], values["grad_norm"], values["learning_rate"], speed["pairs_per_second"],
+                 interval.waited)
         if not np.isfinite(values["loss"]):
             log.warning("step %d: the loss is not finite; a lower optim.learning_rate usually helps", step)
 

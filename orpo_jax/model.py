@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from orpo_jax import rope as rope_lib
 from orpo_jax.sharding import shard_rows
@@ -26,6 +27,15 @@ ACTIVATIONS = {
     "gelu_new": partial(jax.nn.gelu, approximate=True),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
+}
+
+
+# What of each layer is kept for the backward pass, from the fastest to the smallest; the rest is computed again.
+REMAT = {
+    "none": None,  # everything
+    "minimal": ("qkv", "attn_out", "mlp_in"),  # all but what is cheap: norms, activations
+    "attention": ("attn_out",),
+    "full": (),
 }
 
 
@@ -61,6 +71,25 @@ def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
     return scale_D * x32.astype(x_BTD.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def linear(einsum: str, x: Array, weight: Array) -> Any:
+    """Returns einsum(x, weight).
+
+    JAX's own gradient of the weight is the transpose of a product, with the larger operand to transpose: XLA does that
+    on a CPU. This one multiplies x' by the output's gradient as it lies.
+    """
+    return jnp.einsum(einsum, x, weight)
+
+
+def _linear_backward(einsum: str, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = residuals
+    of_x, of_weight, of_y = einsum.replace("->", ",").split(",")
+    return (jnp.einsum(f"{of_y},{of_weight}->{of_x}", dy, weight), jnp.einsum(f"{of_x},{of_y}->{of_weight}", x, dy))
+
+
+linear.defvjp(lambda einsum, x, weight: (linear(einsum, x, weight), (x, weight)), _linear_backward)
+
+
 class Linear(nnx.Module):
     """A linear map as an einsum, with a bias if the family has one."""
 
@@ -71,7 +100,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         assert self.weight is not None
-        y = jnp.einsum(self.einsum, x, self.weight[...])
+        y = linear(self.einsum, x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -94,10 +123,11 @@ class Attention(nnx.Module):
 
     def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
-        q_BTNH = rope_lib.rotate(self.q(x_BTD), *rotation)
-        k_BTKH = rope_lib.rotate(self.k(x_BTD), *rotation)
-        out_BTNH, cache = attend(q_BTNH, k_BTKH, self.v(x_BTD), window, cache)
-        return self.o(out_BTNH), cache
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(
+            (rope_lib.rotate(self.q(x_BTD), *rotation), rope_lib.rotate(self.k(x_BTD), *rotation), self.v(x_BTD)),
+            "qkv")
+        out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window, cache)
+        return self.o(checkpoint_name(out_BTNH, "attn_out")), cache
 
 
 class GatedMlp(nnx.Module):
@@ -108,7 +138,8 @@ class GatedMlp(nnx.Module):
         self.activation = activation
 
     def __call__(self, x_BTD: Array) -> Array:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x_BTD)) * self.up(x_BTD))
+        gate_BTF, up_BTF = checkpoint_name((self.gate(x_BTD), self.up(x_BTD)), "mlp_in")
+        return self.down(ACTIVATIONS[self.activation](gate_BTF) * up_BTF)
 
 
 class Layer(nnx.Module):
@@ -148,8 +179,10 @@ class Decoder(nnx.Module):
         return weight[...]
 
     def __call__(self, ids_BT: Array, positions_BT: Array, attend: Callable, cache: Any = None, *,
-                 remat: str = "none") -> tuple[Array, Any]:
+                 remat: str = "none", unroll: bool = False) -> tuple[Array, Any]:
         """Returns the last hidden states [B, T, D] and the new cache.
+
+        remat: a key of REMAT. unroll: whether layers are laid out one by one, which compiles longer.
 
         attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py). cache: a pytree
         with a leading axis L, or None.
@@ -167,6 +200,7 @@ class Decoder(nnx.Module):
             return nnx.merge(graph, weights)(x_BTD, rotation, window, attend, cache)
 
         # prevent_cse only guards against a merge that can't happen across the iterations of a scan.
-        step = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False)
-        x_BTD, cache = jax.lax.scan(step, x_BTD, (weights_L, windows_L, cache))
+        step = layer if REMAT[remat] is None else jax.checkpoint(
+            layer, prevent_cse=unroll, policy=jax.checkpoint_policies.save_only_these_names(*REMAT[remat]))
+        x_BTD, cache = jax.lax.scan(step, x_BTD, (weights_L, windows_L, cache), unroll=unroll)
         return self.final_norm(x_BTD), cache

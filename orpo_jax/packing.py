@@ -12,7 +12,7 @@ Shapes: B rows, T tokens of a row, S pair slots of a row.
 """
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,8 +87,8 @@ def empty_rows(num_rows: int, row_length: int, max_pairs: int) -> Rows:
                 np.zeros((num_rows, max_pairs), np.float32), np.zeros((num_rows, max_pairs, 4), np.int32))
 
 
-def build_rows(pairs: Sequence[Pair], plan: Sequence[Sequence[int]], *, num_rows: int, row_length: int, max_pairs: int,
-               share_prompt: bool, nll_scope: str, nll_reduction: str) -> Rows:
+def build_rows(pairs: Sequence[Pair] | Mapping[int, Pair], plan: Iterable[Iterable[int]], *, num_rows: int,
+               row_length: int, max_pairs: int, share_prompt: bool, nll_scope: str, nll_reduction: str) -> Rows:
     """Returns the planned rows, followed by rows of padding up to `num_rows`."""
     rows = empty_rows(num_rows, row_length, max_pairs)
     for row, members in enumerate(plan):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -35,7 +35,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 
 
-def weight_sharding(mesh: Mesh, name: str, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
+def weight_sharding(mesh: Mesh | AbstractMesh, name: str, axes: Sequence[str], shape: Sequence[int]) -> NamedSharding:
     """Returns where a weight lives; ValueError names a dimension that its mesh axis does not divide."""
     spec = []
     for letter, size in zip(axes, shape, strict=True):

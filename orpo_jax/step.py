@@ -1,7 +1,8 @@
 """The train state, where it lives, and the jitted train and eval steps; from shapes or from arrays."""
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,8 +70,8 @@ class Model:
 
     graph: nnx.GraphDef
     dtype: jnp.dtype
-    remat: str
-    head: head.Settings
+    head_settings: head.Settings
+    remat: str = "none"
 
     def loss(self, params: Params, rows: Rows, counts: head.Counts) -> tuple[Array, Sums]:
         """Returns the rows' part of the step's loss, and every sum of its metrics (loss.py)."""
@@ -80,12 +81,12 @@ class Model:
         module, attend = nnx.merge(self.graph, cast), row_attention(rows.positions, rows.q_end)
         with head.precision(self.dtype):
             hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat)
-            return head.orpo(self.head, hidden_BTD, module.unembedding(), None, rows, counts)
+            return head.orpo(self.head_settings, hidden_BTD, module.unembedding(), None, rows, counts)
 
 
-def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, remat: str, beta: float) -> Model:
+def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float) -> Model:
     chunks = head.num_chunks(layout.row_lengths[-1], arch.spec.vocab_size)
-    return Model(make_graph(arch), dtype, remat, head.Settings(beta, chunks))
+    return Model(make_graph(arch), dtype, head.Settings(beta, chunks))
 
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:
@@ -129,3 +130,37 @@ def make_eval_step(model: Model, shardings: TrainState) -> Any:
         return _over_micro_batches(batch, lambda rows: model.loss(params, rows, batch.counts)[1])
 
     return jax.jit(eval_step, in_shardings=(shardings.params, None), out_shardings=shardings.step)
+
+
+def bytes_needed(compiled: Any) -> int:
+    """Returns the bytes per device of a compiled step: what it is given, makes, and holds meanwhile."""
+    memory = compiled.memory_analysis()
+    return (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+            + memory.temp_size_in_bytes)
+
+
+def device_bytes(device: Any) -> int:
+    """Returns the memory that a device may use; CPU devices share the machine's."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // len(
+        jax.local_devices())
+
+
+def compile_to_fit(make: Callable[[str], Any], remats: Sequence[str], args: Sequence[Any],
+                   limit: int) -> tuple[Any, str, int]:
+    """Returns the first step of make(remat) that fits, compiled for shapes `args`, its remat, and its bytes.
+
+    ValueError where the compiler finds no room even for the last one.
+    """
+    for remat in remats:
+        try:
+            compiled = make(remat).lower(*args).compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            continue
+        if bytes_needed(compiled) <= limit or remat == remats[-1]:
+            return compiled, remat, bytes_needed(compiled)
+    raise ValueError(f"model.remat: must leave room for the step on a device of {limit / 1e9:.1f} GB, got "
+                     f"{remats[-1]!r}; choose a smaller train.rows_per_device or data.max_length, or more devices for "
+                     "mesh.fsdp")

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orpo_jax import api, data, loss, optim, weights
+from orpo_jax import api, data, flops, loss, optim, weights
 from orpo_jax import config as config_lib
 from orpo_jax import step as step_lib
 from orpo_jax.card import model_card
@@ -26,7 +27,8 @@ from orpo_jax.data import Batches
 from orpo_jax.evaluate import evaluate
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.generate import generate
-from orpo_jax.metrics import Meter, Metrics, Progress, check_trackers, log, set_up_logging
+from orpo_jax.metrics import CompileCounter, Meter, Metrics, Progress, check_trackers, log, set_up_logging
+from orpo_jax.model import REMAT
 from orpo_jax.pretrained import Pretrained, find_folder, open_pretrained
 from orpo_jax.rundir import BASE_MODEL, open_run, start_run
 from orpo_jax.sharding import make_mesh, num_shards
@@ -116,7 +118,7 @@ class Job:
     optimizer_name: str | None
     shardings: step_lib.TrainState
     model: step_lib.Model
-    train_step: Callable
+    make_train_step: Callable[[step_lib.Model], Any]
     eval_steps: dict[str | None, Callable]
 
 
@@ -140,14 +142,16 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
 
-    def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None) -> tuple[Batches, step_lib.Model]:
+    def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
+                ) -> tuple[Batches, step_lib.Model]:
         layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
-                                  platform)
-        return (Batches(pairs, layout, batch_size, config.orpo, seed),
-                step_lib.make_model(arch, layout, dtype, config.model.remat, config.orpo.beta))
+                                  platform, rows_per_step)
+        return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
+                step_lib.make_model(arch, layout, dtype, config.orpo.beta))
 
-    batches, model = lay_out(pairs, config.train.batch_size, config.seed if config.data.shuffle else None)
-    held_out = {name: lay_out(some, config.eval.batch_size, None) for name, some in eval_pairs.items()}
+    batches, model = lay_out(pairs, config.train.batch_size, config.seed if config.data.shuffle else None,
+                             config.train.rows_per_step)
+    held_out = {name: lay_out(some, config.eval.batch_size, None, None) for name, some in eval_pairs.items()}
 
     total_steps = data.total_steps(batches, config.train.num_train_epochs, config.train.max_steps)
     schedule = optim.learning_rate_schedule(config.optim, total_steps)
@@ -158,12 +162,13 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
         name, schedule = None, lambda _: jnp.nan
     shardings = step_lib.state_shardings(params, optimizer, mesh)
     layout = batches.layout
-    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %d pairs, in rows of %s tokens, %d to a micro-batch",
+    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %s, in rows of %s tokens, %d to a micro-batch",
              config.model.path, sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, dtype, dict(mesh.shape),
-             total_steps, config.train.batch_size, " or ".join(map(str, layout.row_lengths)), layout.rows)
+             total_steps, f"{config.train.rows_per_step} rows" if config.train.rows_per_step is not None else
+             f"{config.train.batch_size} pairs", " or ".join(map(str, layout.row_lengths)), layout.rows)
     return Job(config, pretrained, arch, mesh, batches, {name: b for name, (b, _) in held_out.items()}, total_steps,
                counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
-               step_lib.make_train_step(model, optimizer, schedule, shardings),
+               lambda model: step_lib.make_train_step(model, optimizer, schedule, shardings),
                {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
 
 
@@ -209,7 +214,8 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
           on_step: Callable | None) -> tuple[step_lib.TrainState, bool]:
     """Takes the steps after `start`, keeping `record`; returns the state, and whether those were all."""
     config, batches = job.config, job.batches
-    meter = Meter(record, config.orpo.beta, sinks, job.total_steps, batches.steps_per_epoch)
+    meter = Meter(record, config.orpo.beta, sinks, job.total_steps, batches.steps_per_epoch, work_of(job))
+    train_step, compiles = compile_step(job), CompileCounter()
 
     def save(step: int) -> None:
         meter.write_pending()
@@ -218,13 +224,19 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
 
     if start == 0 and config.eval.eval_on_start:
         evaluate_all(job, state, record, 0, sinks)
-    with Progress("training", job.total_steps, start) as progress:
-        for step in range(start + 1, job.total_steps + 1):
-            batch, info = batches.batch(step - 1)
-            state, sums, grad_norm, learning_rate = job.train_step(state, data.to_devices(batch, job.mesh))
+    def make(step: int) -> tuple[data.StepBatch, data.BatchInfo]:
+        batch, info = batches.batch(step - 1)
+        return data.to_devices(batch, job.mesh), info
+
+    steps = range(start + 1, job.total_steps + 1)
+    with (Progress("training", job.total_steps, start) as progress,
+          contextlib.closing(data.ahead(make, steps)) as made):
+        for step, ((batch, info), waited) in zip(steps, made, strict=True):
+            with compiles:
+                state, sums, grad_norm, learning_rate = train_step(state, batch)
             # The line of the step before, read only now that the device has this step to work on.
             meter.write_pending()
-            meter.add(sums, info)
+            meter.add(sums, info, waited)
             last = step == job.total_steps
             if step % config.log.logging_steps == 0 or last:
                 meter.end_interval(step, grad_norm, learning_rate)
@@ -241,6 +253,34 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
                 return state, False
     checkpoints.wait()
     return state, True
+
+
+def compile_step(job: Job) -> Callable:
+    """Returns the compiled train step, with the least recomputation that fits the devices."""
+    remat = job.config.model.remat
+    batch = job.batches.batch(0)[0]
+    batch = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch,
+                         data.batch_shardings(batch, job.mesh))
+    state = step_lib.abstract_state(job.params, job.optimizer, job.shardings)
+    limit = step_lib.device_bytes(job.mesh.local_devices[0])
+    began = time.monotonic()
+    compiled, remat, need = step_lib.compile_to_fit(
+        lambda remat: job.make_train_step(dataclasses.replace(job.model, remat=remat)),
+        list(REMAT) if remat == "auto" else [remat], (state, batch), limit)
+    log.info("the step is compiled, in %.0f s: remat %s, %.1f GB of %.1f GB per device", time.monotonic() - began,
+             remat, need / 1e9, limit / 1e9)
+    if need > limit:
+        log.warning("the step may not fit; a smaller train.rows_per_device or data.max_length needs less")
+    return compiled
+
+
+def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:
+    """Returns a step's useful share of a second of all devices at their peak; None where the peak is not known."""
+    device, spec = job.mesh.devices.flat[0], job.arch.spec
+    peak, weights = flops.peak_flops(device.device_kind), flops.matmul_weights(spec, job.params)
+    if peak is None or job.model.dtype != jnp.bfloat16:
+        return None
+    return lambda info: flops.step_flops(spec, weights, info.branches) / (peak * job.mesh.size)
 
 
 def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bool:
