@@ -41,7 +41,7 @@ class ModelConfig:
     revision: str | None = None
     # The type of activations and matmuls: 'auto' is float32 on CPU (XLA's bfloat16 is slower there), else bfloat16.
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    # The type of the master weights and of the optimiser's state.
+    # The type of the master weights and, but for optim.mu_dtype and 8-bit codes, of the optimiser's state.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "xla"] = free("auto")
     # What the backward pass computes again, from nothing to everything but the layers' inputs; 'auto': the least with
@@ -110,7 +110,7 @@ class OrpoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    name: Literal["adamw", "adamw_8bit", "adafactor", "lion", "sgd"] = "adamw"
     learning_rate: float = 1e-6
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
@@ -124,6 +124,8 @@ class OptimConfig:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    # The type of adamw's and lion's first moment; 'auto': model.param_dtype.
+    mu_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_grad_norm: float | None = 1.0
 
     def __post_init__(self):
@@ -135,6 +137,8 @@ class OptimConfig:
         check(0 <= self.adam_beta1 < 1, "optim.adam_beta1", "must be from 0 to below 1", self.adam_beta1)
         check(0 <= self.adam_beta2 < 1, "optim.adam_beta2", "must be from 0 to below 1", self.adam_beta2)
         check(self.adam_epsilon > 0, "optim.adam_epsilon", "must be above 0", self.adam_epsilon)
+        check(self.mu_dtype == "auto" or self.name in ("adamw", "lion"), "optim.mu_dtype",
+              f"must be 'auto' with optim.name={self.name!r}, which has no first moment of a float type", self.mu_dtype)
         if self.max_grad_norm is not None:
             check(self.max_grad_norm > 0, "optim.max_grad_norm", "must be above 0 or None", self.max_grad_norm)
         allowed = {"cosine": ["num_cycles"], "cosine_with_restarts": ["num_cycles"],

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orpo_jax.adam8bit import scale_by_adam_8bit
 from orpo_jax.config import OptimConfig, check
 
 
@@ -118,13 +119,18 @@ def make_optimizer(config: OptimConfig, total_steps: int, decay_mask: Any) -> op
 
     decay_mask: a tree of bools with the structure of the parameters; True decays. Decay is decoupled:
     w -= learning_rate * (direction + weight_decay * w); for sgd, without momentum, that is torch's too.
-    Moments have the structure, shapes and types of the parameters; adafactor's factors lack an axis each.
-    Sources: adamw, torch.optim.AdamW (arXiv:1711.05101); lion, arXiv:2302.06675; sgd, torch.optim.SGD.
+    Moments have the structure, shapes and types of the parameters, but for the first one's type (mu_dtype);
+    adafactor's factors lack an axis each; adamw_8bit's are codes of 8 bits and a scale for each block of them.
+    Sources: adamw, torch.optim.AdamW (arXiv:1711.05101); adamw_8bit, adam8bit.py; lion, arXiv:2302.06675; sgd,
+    torch.optim.SGD.
     """
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    mu_dtype = None if config.mu_dtype == "auto" else config.mu_dtype
     direction = {
-        "adamw": optax.scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),
+        "adamw": optax.scale_by_adam(*betas, eps, mu_dtype=mu_dtype),
+        "adamw_8bit": per_layer(scale_by_adam_8bit(*betas, eps)),  # of one layer is also what counts as small
         "adafactor": per_layer(adafactor()),
-        "lion": optax.scale_by_lion(config.adam_beta1, config.adam_beta2),
+        "lion": optax.scale_by_lion(*betas, mu_dtype=mu_dtype),
         "sgd": optax.identity(),
     }[config.name]
     limit = config.max_grad_norm

@@ -35,7 +35,11 @@ def compute_dtype(dtype: str, platform: str) -> jnp.dtype:
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """Returns the sharding of every array of the state: moments lie with their parameters, the rest everywhere."""
+    """Returns the sharding of every array of the state.
+
+    What lies at a parameter's path and has as many axes, such as moments and scales of blocks, is split as the
+    parameter is, along each axis that divides; the rest is everywhere.
+    """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_path = flatten(params)
 
@@ -43,8 +47,10 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
         keys = [str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey)]
         for start in range(len(keys)):
             param = by_path.get("/".join(keys[start:]))
-            if param is not None and param.shape == leaf.shape:
-                return param.sharding
+            if param is not None and param.ndim == leaf.ndim:
+                spec = [axis if axis and size % mesh.shape[axis] == 0 else None
+                        for axis, size in zip(param.sharding.spec, leaf.shape, strict=True)]
+                return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
         return whole
 
     opt_state = jax.tree_util.tree_map_with_path(like_param, jax.eval_shape(optimizer.init, params))

@@ -219,6 +219,7 @@ def test_a_flag_of_another_type_names_its_key(file, flag):
     ("optim.warmup_steps", -1), ("optim.warmup_ratio", -0.1), ("optim.warmup_ratio", 1.1),
     ("optim.weight_decay", -0.1), ("optim.adam_beta1", 1.0), ("optim.adam_beta2", 1.0), ("optim.adam_beta1", -0.1),
     ("optim.adam_beta2", -0.1), ("optim.adam_epsilon", 0.0), ("optim.max_grad_norm", 0.0),
+    ("optim.mu_dtype", "float16"),
     ("optim.lr_scheduler_kwargs", {"power": 2.0}), ("optim.lr_scheduler_type", "exponential"),
     ("train.batch_size", 0), ("train.max_steps", 0), ("train.max_steps", -2), ("train.num_train_epochs", 0.0),
     ("train.num_train_epochs", float("inf")), ("train.rows_per_device", 0), ("mesh.data", 0), ("mesh.fsdp", -2),
@@ -232,6 +233,13 @@ def test_a_value_against_its_rule_names_its_key(key, value):
     with pytest.raises(ValueError, match=f"^{key}: .*, got ") as caught:
         make(**{key.replace(".", "__"): value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adafactor", "sgd"])
+def test_a_type_is_only_for_a_first_moment_that_has_one(name):
+    with pytest.raises(ValueError, match=rf"^optim.mu_dtype: must be 'auto' with optim.name='{name}', .* 'bfloat16'"):
+        make(optim__name=name, optim__mu_dtype="bfloat16")
+    make(optim__name=name), make(optim__name="lion", optim__mu_dtype="bfloat16")
 
 
 def test_two_rests_on_a_mesh_are_an_error():
@@ -347,7 +355,7 @@ def test_the_resolved_config_is_frozen():
 
 # Each module imports from those before it only.
 ORDER = [
-    "config", "packing", "loss", "sharding", "rope", "card",
+    "config", "packing", "loss", "sharding", "rope", "card", "adam8bit",
     "attention", "head", "model", "preference", "optim", "checkpoint", "metrics",
     "families", "generate", "pretrained", "data", "evaluate", "rundir",
     "weights", "step", "api",
@@ -381,7 +389,7 @@ def test_every_module_has_its_place():
 def test_imports_point_one_way(module):
     assert module in ORDER
     assert imports_of(module) <= set(ORDER[:ORDER.index(module)])
-    if module in ("config", "packing", "loss", "sharding", "rope"):
+    if module in ("config", "packing", "loss", "sharding", "rope", "adam8bit"):
         assert not imports_of(module)
     assert not imports_of(module) & COMMANDS
 

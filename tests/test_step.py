@@ -170,7 +170,7 @@ def test_fifty_steps_compile_once(trial):
 def test_weights_and_moments_are_split_over_the_mesh(trial):
     mesh = sharding.make_mesh(dict(data=1, fsdp=4, tensor=2))
     abstract = weights.abstract_params(trial.arch, jnp.float32, mesh)
-    for name in ("adamw", "lion", "adafactor", "sgd"):
+    for name in ("adamw", "adamw_8bit", "lion", "adafactor", "sgd"):
         optimizer = optim.make_optimizer(config_lib.OptimConfig(name=name), 10, trial.arch.decay_mask())
         shardings = step_lib.state_shardings(abstract, optimizer, mesh)
         state = step_lib.abstract_state(abstract, optimizer, shardings)
