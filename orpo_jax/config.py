@@ -43,7 +43,8 @@ class ModelConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     # The type of the master weights and of the optimiser's state.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    attention: Literal["auto", "xla"] = free("auto")
+    # The attention of training and evaluation (kernels.py); 'auto' goes by the platform.
+    attention: Literal["auto", "xla", "cudnn", "cudnn_mask", "splash", "tokamax"] = free("auto")
     remat: Literal["none", "full"] = free("none")
 
     def __post_init__(self):

@@ -49,6 +49,11 @@ class Spec:
     windows: tuple[int | None, ...]
 
     @property
+    def mixed_windows(self) -> bool:
+        """Whether layers differ in their windows."""
+        return len(set(self.windows)) > 1
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each axis letter of the weight tables."""
         return {"v": self.vocab_size, "d": self.d_model, "l": self.num_layers, "n": self.num_heads,
@@ -92,7 +97,7 @@ class Attention(nnx.Module):
         self.v = Linear(param, f"{path}/v", "btd,dkh->btkh")
         self.o = Linear(param, f"{path}/o", "btnh,nhd->btd")
 
-    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
+    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
         q_BTNH = rope_lib.rotate(self.q(x_BTD), *rotation)
         k_BTKH = rope_lib.rotate(self.k(x_BTD), *rotation)
@@ -120,7 +125,7 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(param, f"{path}/mlp_norm", spec.norm_eps)
         self.mlp = GatedMlp(param, f"{path}/mlp", spec.activation)
 
-    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
+    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), rotation, window, attend, cache)
         x_BTD = x_BTD + y_BTD
@@ -151,19 +156,21 @@ class Decoder(nnx.Module):
                  remat: str = "none") -> tuple[Array, Any]:
         """Returns the last hidden states [B, T, D] and the new cache.
 
-        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py). cache: a pytree
-        with a leading axis L, or None.
+        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py); window is an int
+        where all layers have the same one, which kernels want, and an array where they differ. cache: a pytree with a
+        leading axis L, or None.
         """
         assert self.embed is not None
         x_BTD = shard_rows(self.embed[...][ids_BT].astype(self.dtype))
         rotation = rope_lib.angles(self.spec.rope, positions_BT)
         graph, weights_L = nnx.split(self.layers)
         windows_L = None
-        if any(self.spec.windows):
+        if self.spec.mixed_windows:
             windows_L = jnp.array([window or jnp.iinfo(jnp.int32).max for window in self.spec.windows], jnp.int32)
 
         def layer(x_BTD: Array, scanned: Any) -> tuple[Array, Any]:
             weights, window, cache = scanned
+            window = window if self.spec.mixed_windows else self.spec.windows[0]
             return nnx.merge(graph, weights)(x_BTD, rotation, window, attend, cache)
 
         # prevent_cse only guards against a merge that can't happen across the iterations of a scan.

@@ -348,7 +348,7 @@ def test_the_resolved_config_is_frozen():
 # Each module imports from those before it only.
 ORDER = [
     "config", "packing", "loss", "sharding", "rope", "card",
-    "attention", "head", "model", "preference", "optim", "checkpoint", "metrics",
+    "attention", "kernels", "head", "model", "preference", "optim", "checkpoint", "metrics",
     "families", "generate", "pretrained", "data", "evaluate", "rundir",
     "weights", "step", "api",
     "train", "convert",
