@@ -37,8 +37,10 @@ PLATFORM = {"cudnn": "gpu", "cudnn_mask": "gpu", "tokamax": "tpu", "splash": "tp
 RESIDUALS = "attn_residuals"
 SAVED_PRIMITIVES = ("dot_product_attention_fwd_wrapper",)
 
-# Splash's tiles: the largest that divides the sequence.
+# Splash's tiles: the largest that divides the sequence. A sequence that no large one divides is made longer: small
+# tiles would leave most of a TPU's matrix unit idle.
 BLOCKS = (1024, 512, 256, 128)
+LARGE_BLOCK = 512
 
 
 # The choice
@@ -339,7 +341,9 @@ def _block(length: int) -> int:
 
 
 def _whole_blocks(length: int) -> int:
-    return -(-length // BLOCKS[-1]) * BLOCKS[-1]
+    """Returns the length that splash gets for a sequence of this one."""
+    block = BLOCKS[-1] if length < LARGE_BLOCK else LARGE_BLOCK
+    return -(-length // block) * block
 
 
 # Devices

@@ -1,6 +1,12 @@
 """Every back end of attention gives what the reference gives, forward and backward, for every kind of row."""
 
 import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_jax import kernels, packing
+from orpo_jax import kernels, packing, sharding
 
 # Pairs as (trunk, chosen branch, rejected branch) of rows of 64 tokens with 5 slots.
 ROW_LENGTH, SLOTS, BRANCH_LENGTH, EXPANDED_LENGTH = 64, 5, 52, 120
@@ -216,3 +222,173 @@ def test_what_a_kernel_makes_of_empty_branches_is_never_seen(monkeypatch):
     expected = case.run("xla")
     monkeypatch.setattr(jax.nn, "dot_product_attention", poisoned)
     assert_near(case.run("cudnn"), expected)
+
+
+@pytest.fixture
+def cudnn_library(monkeypatch):
+    """JAX believes that cuDNN is there, so that its calls can be traced, and lowered for CUDA."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+
+
+# On a mesh
+
+
+@pytest.mark.parametrize(("backend", "heads", "mesh_sizes"), [
+    ("cudnn", (4, 2), (2, 2, 2)), ("cudnn", (4, 2), (1, 2, 4)), ("cudnn_mask", (4, 1), (2, 2, 2)),
+    ("splash", (4, 1), (2, 2, 2)), ("tokamax", (4, 2), (2, 2, 2)),
+], ids=str)
+def test_a_mesh_changes_nothing(backend, heads, mesh_sizes):
+    available(backend)
+    case = Case(heads=heads)
+    expected = case.run("xla")
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
+    with jax.set_mesh(mesh):
+        put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES)))
+        qkv, rows = jax.tree.map(put, (case.qkv, case.rows))
+        step = jax.jit(case.pull(backend)).lower(qkv, rows).compile()
+        got = step(qkv, rows)
+    assert_near([np.asarray(x) for x in got], expected)
+    # Each device has its part of the rows, and of the query heads.
+    assert got[0].sharding.shard_shape(got[0].shape)[0] == len(LAYOUTS) // (mesh_sizes[0] * mesh_sizes[1])
+    text = step.as_text()
+    assert "all-to-all" not in text and "collective-permute" not in text
+
+
+def test_on_cuda_each_device_calls_cudnn_on_its_own_rows_and_heads(cudnn_library):
+    case = Case(dtype=jnp.bfloat16)
+    case.options["interpret"] = False
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+    with jax.set_mesh(mesh):
+        put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES)))
+        traced = jax.jit(case.pull("cudnn")).trace(*jax.tree.map(put, (case.qkv, case.rows)))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    forward, backward = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
+    assert "fmhaSoftmax(" in forward and "fmhaSoftmaxBackward(" in backward and "scatter" not in text
+    # 2 of 8 rows of 10 branches, 2 of 4 heads.
+    assert "(tensor<20x52x2x16xbf16>, tensor<20x52x1x16xbf16>, tensor<20x52x1x16xbf16>, tensor<20xi32>" in forward
+
+
+# Under jax.checkpoint
+
+
+def calls(jaxpr, primitives):
+    """Returns how often a program calls one of some primitives; compilers drop what has no result."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if not equation.outvars and not equation.effects:
+            continue
+        total += equation.primitive.name in primitives
+        for inner in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            total += calls(inner, primitives) if hasattr(inner, "eqns") else 0
+    return total
+
+
+@pytest.mark.parametrize(("backend", "meshed", "forward", "backward"), [
+    ("splash", False, "pallas_call", 2), ("splash", True, "pallas_call", 2), ("tokamax", False, "pallas_call", 1),
+    ("cudnn", False, "dot_product_attention_fwd_wrapper", 0), ("cudnn", True, "dot_product_attention_fwd_wrapper", 0),
+    ("cudnn_mask", False, "dot_product_attention_fwd_wrapper", 0),
+], ids=str)
+def test_no_kernel_runs_forward_twice(backend, meshed, forward, backward, cudnn_library):
+    available(backend)
+    case = Case(dtype=jnp.bfloat16, heads=(2, 2))
+    case.options["interpret"] = False  # nothing runs
+    rows = jax.tree.map(jnp.asarray, case.rows)
+
+    def loss(q, policy):
+        attend = kernels.row_attention_of(backend, rows, **case.options)
+
+        def layer(x, _):
+            return x + attend(jnp.sin(x), x, x, None, None)[0], None
+
+        step = jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        return jnp.sum(jax.lax.scan(step, q, None, length=2)[0].astype(jnp.float32))
+
+    def count(policy):
+        return calls(jax.make_jaxpr(jax.grad(functools.partial(loss, policy=policy)))(case.qkv[0]).jaxpr, {forward})
+
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2)) if meshed else jax.sharding.get_mesh()
+    with jax.set_mesh(mesh):
+        assert count(kernels.saves_residuals) == 1 + backward
+        assert count(jax.checkpoint_policies.nothing_saveable) == 2 + backward
+
+
+# The choice
+
+
+def choose(name, platform, **changes):
+    return kernels.choose(name, platform, **{**dict(head_dim=128, dtype="bfloat16", windows=[None] * 2), **changes})
+
+
+@pytest.mark.parametrize(("name", "platform", "changes", "backend", "reason"), [
+    ("auto", "cpu", {}, "xla", None),
+    ("auto", "cpu", dict(dtype="float32", windows=[None, 4], softcap=3.0), "xla", None),
+    ("xla", "gpu", {}, "xla", None),
+    ("auto", "gpu", {}, "cudnn", None),
+    ("auto", "gpu", dict(windows=[4, 4]), "cudnn", None),
+    ("cudnn_mask", "gpu", dict(windows=[4, None]), "cudnn_mask", None),
+    ("splash", "tpu", dict(softcap=3.0), "splash", None),
+    ("auto", "rocket", {}, "xla", None),
+    ("cudnn", "cpu", {}, "xla", "needs a GPU"),
+    ("cudnn", "tpu", {}, "xla", "needs a GPU"),
+    ("splash", "gpu", {}, "xla", "needs a TPU"),
+    ("tokamax", "gpu", {}, "xla", "needs a TPU"),
+    ("auto", "gpu", dict(dtype="float32"), "xla", "float32"),
+    ("auto", "gpu", dict(windows=[4, None]), "xla", "one window for all layers"),
+    ("auto", "gpu", dict(softcap=3.0), "xla", "soft cap"),
+    ("auto", "gpu", dict(head_dim=512), "xla", "head dim must be"),
+    ("splash", "tpu", dict(windows=[4, None]), "xla", "one window for all layers"),
+], ids=str)
+def test_the_choice_says_why(name, platform, changes, backend, reason, caplog, cudnn_library):
+    assert choose(name, platform, **changes) == backend
+    lines = [record.getMessage() for record in caplog.records]
+    if reason is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith(f"model.attention={name}: runs as {backend} (") and reason in line and "\n" not in line
+
+
+def test_without_cudnn_a_gpu_runs_xla(caplog):
+    assert choose("auto", "gpu") == "xla"
+    assert "cuDNN is not detected" in caplog.records[0].getMessage()
+
+
+def test_a_tpu_runs_tokamax_where_it_is_installed(caplog, monkeypatch):
+    monkeypatch.setattr(kernels, "_tokamax", lambda: None)
+    assert choose("auto", "tpu") == choose("auto", "tpu", windows=[4, None], softcap=3.0) == "tokamax"
+    assert not caplog.records
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # an import of it fails
+    assert choose("auto", "tpu") == "splash" and choose("tokamax", "tpu", windows=[4, None]) == "xla"
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "runs as splash (tokamax: is not installed" in first
+    assert "runs as xla (tokamax: is not installed" in second and "one window for all layers" in second
+
+
+# Compiled for TPUs, not run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["splash", "tokamax"])
+def test_it_compiles_for_a_tpu(backend):
+    """Forward and backward, bfloat16, on one chip and over four: two rows of 2,048 tokens to each."""
+    available(backend)
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs libtpu")
+    root = pathlib.Path(__file__).parents[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "",
+           "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
+    result = subprocess.run([sys.executable, str(root / "tests" / "compile_for_tpu.py"), backend], env=env,
+                            capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    programs = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert len(programs) == 11
+    for program in programs:
+        print(program)
+        # One forward, and one or two backward; under jax.checkpoint as well.
+        assert program["kernels"] == {"splash": 3, "tokamax": 2}[backend], program
+        # tokamax lists its blocks by a scatter of a few integers; nothing scatters activations.
+        assert program["scatters"] == [] or (backend == "tokamax" and set(program["scatters"]) == {"s32"}), program
