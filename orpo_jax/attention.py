@@ -28,12 +28,17 @@ def within_window(q_positions_BT: Array, k_positions_BS: Array, window: Array | 
     return q_positions_BT[:, :, None] - k_positions_BS[:, None, :] < window
 
 
-def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
-    """Returns softmax(q k' / sqrt(H)) v over visible keys, [B, T, N, H]; the softmax is float32."""
+def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array, softcap: float | None = None) -> Array:
+    """Returns softmax(q k' / sqrt(H)) v over visible keys, [B, T, N, H]; the softmax is float32.
+
+    softcap: scores s become softcap * tanh(s / softcap) before the mask.
+    """
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
     scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+    if softcap is not None:
+        scores_BKGTS = softcap * jnp.tanh(scores_BKGTS / softcap)
     scores_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
     probs_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", probs_BKGTS, v_BSKH).reshape(B, T, N, H)
@@ -147,7 +152,7 @@ def cached_attention(start: Array | int, padding_B: Array):
 
     padding_B: how many slots at the start of each row are padding, since prompts are left-padded.
     """
-    def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | None, cache: tuple[Array, Array]):
+    def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | int | None, cache: tuple[Array, Array]):
         k_BSKH = jax.lax.dynamic_update_slice_in_dim(cache[0], k_BTKH, start, axis=1)
         v_BSKH = jax.lax.dynamic_update_slice_in_dim(cache[1], v_BTKH, start, axis=1)
         S, T = k_BSKH.shape[1], q_BTNH.shape[1]

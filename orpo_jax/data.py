@@ -178,6 +178,11 @@ class Pairs(Sequence[Pair]):
         chosen, rejected = self.sequence_lengths().T
         return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
 
+    def sizes(self, share_prompt: bool) -> np.ndarray:
+        """Returns what each pair takes of a row, [pairs, 3]: positions, slots, and positions of its whole branches."""
+        lengths = self.lengths(share_prompt)
+        return np.stack([lengths, np.ones_like(lengths), self.lengths(share_prompt=False)], axis=1)
+
     def digest(self) -> str:
         """Returns a hash of the token ids themselves: a run that goes on must see the same, wherever they come from."""
         arrays = (*self._flat.values(), *self._starts.values(), *self._prompt.values(), self.keep)
@@ -344,6 +349,7 @@ class Layout:
     num_shards: int
     max_pairs: int  # slots of a row
     branch_length: int  # positions of the longest branch with its trunk
+    expanded_length: int  # positions of a row's branches, each with its trunk, for kernels that want them so
     max_rows: int  # rows that a step may need
     share_prompt: bool
 
@@ -356,10 +362,13 @@ class Layout:
     def max_micro(self) -> int:
         return -(-self.max_rows // self.rows)
 
-    def plan(self, lengths: np.ndarray) -> list[list[list[int]]]:
-        """Returns the rows of each length as lists of pairs: a row has the shortest length that holds its pairs."""
-        rows = packing.pack(np.stack([lengths, np.ones_like(lengths)], axis=1), (self.row_lengths[-1], self.max_pairs))
-        group_of = np.searchsorted(self.row_lengths, [lengths[row].sum() for row in rows])
+    def plan(self, sizes: np.ndarray) -> list[list[list[int]]]:
+        """Returns the rows of each length as lists of pairs: a row has the shortest length that holds its pairs.
+
+        sizes: [pairs, 3], as Pairs.sizes returns them.
+        """
+        rows = packing.pack(sizes, (self.row_lengths[-1], self.max_pairs, self.expanded_length))
+        group_of = np.searchsorted(self.row_lengths, [sizes[row, 0].sum() for row in rows])
         return [[row for row, at in zip(rows, group_of, strict=True) if at == group]
                 for group in range(len(self.row_lengths))]
 
@@ -371,9 +380,9 @@ class Layout:
         return sum(n * self.rows * length for n, length in zip(num_micro, self.row_lengths, strict=True))
 
     def fill(self, steps: Iterable[np.ndarray]) -> float:
-        """Returns which share of the computed positions holds tokens, over steps of pairs of these lengths."""
+        """Returns which share of the computed positions holds tokens, over steps of pairs of these sizes."""
         steps = list(steps)
-        return sum(int(step.sum()) for step in steps) / sum(
+        return sum(int(step[:, 0].sum()) for step in steps) / sum(
             max(self.slots(self.num_micro(self.plan(step))), 1) for step in steps)
 
 
@@ -388,13 +397,14 @@ FULL_ROW_LENGTH = 2048
 
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
-                platform: str, rows_per_step: int | None = None) -> Layout:
+                platform: str, rows_per_step: int | None = None, attention: str = "xla") -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that fill the rows of sample steps best:
     where a shard has few pairs, rows of one length would leave half of the last micro-batch empty.
     """
-    lengths = pairs.lengths(config.share_prompt)
+    sizes = pairs.sizes(config.share_prompt)
+    lengths, expanded = sizes[:, 0], sizes[:, 2]
     unit = 64 if platform == "cpu" else 128
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
     longest = int(lengths.max())
@@ -417,17 +427,25 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     def candidates() -> Iterator[Layout]:
         branch_length = round_up(pairs.sequence_lengths().max() - 1)
         for some in row_lengths:
-            max_pairs = some[-1] // max(int(lengths.min()), 1) if config.packing else 1
+            top = some[-1]
+            max_pairs = top // max(int(lengths.min()), 1) if config.packing else 1
             if rows_per_step is None:
                 max_pairs = min(max_pairs, batch_size)
-            most = 1 if platform == "cpu" else max(1, min(MICRO_BATCH_TOKENS // some[-1], -(-steps_rows // num_shards)))
+            expanded_length = 2 * top
+            # Kernels compute on as much as rows may hold. A little above what they do hold costs next to no fill.
+            if attention == "cudnn":
+                max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
+            elif attention == "splash":
+                expanded_length = round_up(max(1.05 * top * expanded.mean() / lengths.mean(), expanded.max()))
+            most = 1 if platform == "cpu" else max(1, min(MICRO_BATCH_TOKENS // top, -(-steps_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, steps_rows, config.share_prompt)
+                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, steps_rows,
+                             config.share_prompt)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:
         return layouts[0]
-    sample = np.random.default_rng(0).permutation(lengths)[:max(SAMPLE_PAIRS, batch_size)]
+    sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
     fills = [layout.fill(steps) for layout in layouts]
     good = [layout for layout, fill in zip(layouts, fills, strict=True) if fill >= max(fills) - FILL_SLACK]
@@ -471,15 +489,15 @@ class Batches:
         if self.rows_per_step is not None:
             return [self._epoch_rows(epoch)[place * self.rows_per_step:(place + 1) * self.rows_per_step]]
         members = self._order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
-        return [[members[row] for row in rows] for rows in self.layout.plan(self._lengths[members])]
+        return [[members[row] for row in rows] for rows in self.layout.plan(self._sizes[members])]
 
     def members(self, step: int) -> np.ndarray:
         """Returns the pairs of a step."""
         return np.concatenate([row for rows in self.plan(step) for row in rows])
 
     @functools.cached_property
-    def _lengths(self) -> np.ndarray:
-        return self.pairs.lengths(self.layout.share_prompt)
+    def _sizes(self) -> np.ndarray:
+        return self.pairs.sizes(self.layout.share_prompt)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a run makes one Batches per data set
     def _order(self, epoch: int) -> np.ndarray:
@@ -495,7 +513,7 @@ class Batches:
         order, rows = self._order(epoch), []
         for start in range(0, len(order), PACKING_BUFFER):
             buffer = order[start:start + PACKING_BUFFER]
-            packed = [buffer[row] for row in self.layout.plan(self._lengths[buffer])[0]]
+            packed = [buffer[row] for row in self.layout.plan(self._sizes[buffer])[0]]
             shuffled = range(len(packed)) if self.seed is None else np.random.default_rng(
                 [self.seed, epoch, start]).permutation(len(packed))
             rows.extend(packed[i] for i in shuffled)
@@ -518,7 +536,7 @@ class Batches:
         branches = np.array([[packing.trunk_length(p.shared, layout.share_prompt), len(p.chosen_ids) - 1,
                               len(p.rejected_ids) - 1] for p in pairs.values()])
         return StepBatch(tuple(groups), counts), BatchInfo(
-            int(self._lengths[list(pairs)].sum()), layout.slots(layout.num_micro(plan)), branches)
+            int(self._sizes[list(pairs), 0].sum()), layout.slots(layout.num_micro(plan)), branches)
 
 
 def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -101,7 +101,7 @@ orpo.defvjp(_forward, _backward, symbolic_zeros=True)
 def _on_mesh(settings: Settings, wanted: Wanted, hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows,
              counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
     """Runs each device's rows on it. The weight is gathered over fsdp once, and its gradient comes back split."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return _rows(settings, wanted, None, hidden_BTD, weight_VD.astype(hidden_BTD.dtype), bias_V, rows, counts)
     weight_spec = weight_sharding(mesh, "unembed", "vd", weight_VD.shape).spec
@@ -145,7 +145,7 @@ def _row(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_TD: 
     """Returns a row's loss and sums, the gradient of its hidden states, and `dweights` with its part added."""
     num_words = weight_VD.shape[0]
     if vocab_axis is None:
-        first, across, largest = 0, lambda x: x, lambda x: x
+        first, across, largest = jnp.zeros((), jnp.int32), lambda x: x, lambda x: x
     else:
         first, num_words = jax.lax.axis_index(vocab_axis) * num_words, num_words * jax.lax.axis_size(vocab_axis)
         across, largest = partial(jax.lax.psum, axis_name=vocab_axis), partial(jax.lax.pmax, axis_name=vocab_axis)

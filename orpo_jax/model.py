@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from orpo_jax import kernels
 from orpo_jax import rope as rope_lib
 from orpo_jax.sharding import shard_rows
 
@@ -30,12 +31,16 @@ ACTIVATIONS = {
 }
 
 
-# What of each layer is kept for the backward pass, from the fastest to the smallest; the rest is computed again.
+# What of each layer is kept for the backward pass, from the fastest to the smallest; the rest is computed again. The
+# residuals of an attention kernel go with its output: without them it would run again all the same.
+_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names("attn_out"), kernels.saves_residuals)
 REMAT = {
-    "none": None,  # everything
-    "minimal": ("qkv", "attn_out", "mlp_in"),  # all but what is cheap: norms, activations
-    "attention": ("attn_out",),
-    "full": (),
+    "none": jax.checkpoint_policies.everything_saveable,
+    "minimal": jax.checkpoint_policies.save_from_both_policies(  # all but norms and activations
+        jax.checkpoint_policies.save_only_these_names("qkv", "mlp_in"), _ATTENTION),
+    "attention": _ATTENTION,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
@@ -57,6 +62,11 @@ class Spec:
     max_positions: int
     # The sliding window of each layer, in tokens; None where a layer has none.
     windows: tuple[int | None, ...]
+
+    @property
+    def mixed_windows(self) -> bool:
+        """Whether layers differ in their windows."""
+        return len(set(self.windows)) > 1
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -100,7 +110,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         assert self.weight is not None
-        y = linear(self.einsum, x, self.weight[...])
+        y: Array = linear(self.einsum, x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]
 
 
@@ -121,7 +131,7 @@ class Attention(nnx.Module):
         self.v = Linear(param, f"{path}/v", "btd,dkh->btkh")
         self.o = Linear(param, f"{path}/o", "btnh,nhd->btd")
 
-    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
+    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name(
             (rope_lib.rotate(self.q(x_BTD), *rotation), rope_lib.rotate(self.k(x_BTD), *rotation), self.v(x_BTD)),
@@ -151,7 +161,7 @@ class Layer(nnx.Module):
         self.mlp_norm = Norm(param, f"{path}/mlp_norm", spec.norm_eps)
         self.mlp = GatedMlp(param, f"{path}/mlp", spec.activation)
 
-    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | None, attend: Callable,
+    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), rotation, window, attend, cache)
         x_BTD = x_BTD + y_BTD
@@ -184,23 +194,24 @@ class Decoder(nnx.Module):
 
         remat: a key of REMAT. unroll: whether layers are laid out one by one, which compiles longer.
 
-        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py). cache: a pytree
-        with a leading axis L, or None.
+        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py); window is an int
+        where all layers have the same one, which kernels want, and an array where they differ. cache: a pytree with a
+        leading axis L, or None.
         """
         assert self.embed is not None
         x_BTD = shard_rows(self.embed[...][ids_BT].astype(self.dtype))
         rotation = rope_lib.angles(self.spec.rope, positions_BT)
         graph, weights_L = nnx.split(self.layers)
         windows_L = None
-        if any(self.spec.windows):
+        if self.spec.mixed_windows:
             windows_L = jnp.array([window or jnp.iinfo(jnp.int32).max for window in self.spec.windows], jnp.int32)
 
         def layer(x_BTD: Array, scanned: Any) -> tuple[Array, Any]:
             weights, window, cache = scanned
+            window = window if self.spec.mixed_windows else self.spec.windows[0]
             return nnx.merge(graph, weights)(x_BTD, rotation, window, attend, cache)
 
         # prevent_cse only guards against a merge that can't happen across the iterations of a scan.
-        step = layer if REMAT[remat] is None else jax.checkpoint(
-            layer, prevent_cse=unroll, policy=jax.checkpoint_policies.save_only_these_names(*REMAT[remat]))
+        step = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=unroll, policy=REMAT[remat])
         x_BTD, cache = jax.lax.scan(step, x_BTD, (weights_L, windows_L, cache), unroll=unroll)
         return self.final_norm(x_BTD), cache

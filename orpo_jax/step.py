@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from orpo_jax import head
-from orpo_jax.attention import row_attention
+from orpo_jax import head, kernels
 from orpo_jax.data import Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.packing import Rows
@@ -76,23 +75,28 @@ class Model:
 
     graph: nnx.GraphDef
     dtype: jnp.dtype
+    layout: Layout
     head_settings: head.Settings
+    attention: str = "xla"  # a back end of kernels.py
     remat: str = "none"
+    unroll: bool = False
 
     def loss(self, params: Params, rows: Rows, counts: head.Counts) -> tuple[Array, Sums]:
         """Returns the rows' part of the step's loss, and every sum of its metrics (loss.py)."""
         # Embedding and head stay as they are, and are cast where they are used.
         cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(self.dtype), part)
                 for name, part in params.items()}
-        module, attend = nnx.merge(self.graph, cast), row_attention(rows.positions, rows.q_end)
+        module = nnx.merge(self.graph, cast)
+        attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,
+                                          expanded_length=self.layout.expanded_length)
         with head.precision(self.dtype):
-            hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat)
+            hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat, unroll=self.unroll)
             return head.orpo(self.head_settings, hidden_BTD, module.unembedding(), None, rows, counts)
 
 
-def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float) -> Model:
+def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float, attention: str = "xla") -> Model:
     chunks = head.num_chunks(layout.row_lengths[-1], arch.spec.vocab_size)
-    return Model(make_graph(arch), dtype, head.Settings(beta, chunks))
+    return Model(make_graph(arch), dtype, layout, head.Settings(beta, chunks), attention)
 
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:

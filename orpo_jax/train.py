@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orpo_jax import api, data, flops, loss, optim, weights
+from orpo_jax import api, data, flops, kernels, loss, optim, weights
 from orpo_jax import config as config_lib
 from orpo_jax import step as step_lib
 from orpo_jax.card import model_card
@@ -141,13 +141,15 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
 
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
+    attention = kernels.choose(config.model.attention, platform, head_dim=arch.spec.head_dim, dtype=dtype,
+                               windows=arch.spec.windows)
 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
                 ) -> tuple[Batches, step_lib.Model]:
         layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
-                                  platform, rows_per_step)
+                                  platform, rows_per_step, attention)
         return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
-                step_lib.make_model(arch, layout, dtype, config.orpo.beta))
+                step_lib.make_model(arch, layout, dtype, config.orpo.beta, attention))
 
     batches, model = lay_out(pairs, config.train.batch_size, config.seed if config.data.shuffle else None,
                              config.train.rows_per_step)
@@ -162,10 +164,11 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
         name, schedule = None, lambda _: jnp.nan
     shardings = step_lib.state_shardings(params, optimizer, mesh)
     layout = batches.layout
-    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %s, in rows of %s tokens, %d to a micro-batch",
+    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %s, in rows of %s tokens, %d to a micro-batch; "
+             "attention %s",
              config.model.path, sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, dtype, dict(mesh.shape),
              total_steps, f"{config.train.rows_per_step} rows" if config.train.rows_per_step is not None else
-             f"{config.train.batch_size} pairs", " or ".join(map(str, layout.row_lengths)), layout.rows)
+             f"{config.train.batch_size} pairs", " or ".join(map(str, layout.row_lengths)), layout.rows, attention)
     return Job(config, pretrained, arch, mesh, batches, {name: b for name, (b, _) in held_out.items()}, total_steps,
                counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
                lambda model: step_lib.make_train_step(model, optimizer, schedule, shardings),

@@ -356,8 +356,8 @@ def test_the_resolved_config_is_frozen():
 # Each module imports from those before it only.
 ORDER = [
     "config", "packing", "loss", "sharding", "rope", "card", "adam8bit",
-    "attention", "head", "model", "preference", "optim", "checkpoint", "metrics",
-    "families", "generate", "pretrained", "data", "evaluate", "rundir",
+    "attention", "kernels", "head", "model", "preference", "optim", "checkpoint", "metrics",
+    "flops", "families", "generate", "pretrained", "data", "evaluate", "rundir",
     "weights", "step", "api",
     "train", "convert",
 ]
