@@ -483,17 +483,20 @@ class Batches:
             epoch += 1
         return epoch, step
 
-    def plan(self, step: int) -> list[list[np.ndarray]]:
-        """Returns the pairs of each row of a step, by row length; an epoch's last step may have fewer."""
+    def members(self, step: int) -> np.ndarray:
+        """Returns the pairs of a step; an epoch's last step may have fewer."""
         epoch, place = self.locate(step)
         if self.rows_per_step is not None:
-            return [self._epoch_rows(epoch)[place * self.rows_per_step:(place + 1) * self.rows_per_step]]
-        members = self._order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
-        return [[members[row] for row in rows] for rows in self.layout.plan(self._sizes[members])]
+            return np.concatenate(self.plan(step)[0])
+        return self._order(epoch)[place * self.batch_size:(place + 1) * self.batch_size]
 
-    def members(self, step: int) -> np.ndarray:
-        """Returns the pairs of a step."""
-        return np.concatenate([row for rows in self.plan(step) for row in rows])
+    def plan(self, step: int) -> list[list[np.ndarray]]:
+        """Returns the pairs of each row of a step, by row length."""
+        if self.rows_per_step is not None:
+            epoch, place = self.locate(step)
+            return [self._epoch_rows(epoch)[place * self.rows_per_step:(place + 1) * self.rows_per_step]]
+        members = self.members(step)
+        return [[members[row] for row in rows] for rows in self.layout.plan(self._sizes[members])]
 
     @functools.cached_property
     def _sizes(self) -> np.ndarray:

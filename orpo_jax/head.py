@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.sharding import PartitionSpec as P
 
 from orpo_jax import loss
@@ -91,7 +91,7 @@ def _forward(settings: Settings, *args: Any) -> tuple[Any, Any]:
 
 
 def _backward(settings: Settings, grads: Gradients, cotangents: tuple[Any, Any]) -> tuple[Any, ...]:
-    of_loss = cotangents[0]
+    of_loss = jnp.zeros(()) if isinstance(cotangents[0], SymbolicZero) else cotangents[0]
     return *jax.tree.map(lambda grad: of_loss.astype(grad.dtype) * grad, grads), None, None
 
 

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import math
+import time
 
 import datasets
 import jax
@@ -259,11 +260,11 @@ def test_lengths_are_those_of_the_pairs(pretrained):
 
 
 def make_batches(pretrained, *, count=23, batch_size=4, seed=0, rows=None, shards=1, rows_per_device=2, orpo=None,
-                 **changes):
+                 rows_per_step=None, platform="cpu", attention="xla", **changes):
     config = settings(**changes)
     pairs = load_pairs(from_rows(rows or tiny.make_rows(count, "standard"), "rows"), pretrained, config)[0]
-    layout = make_layout(pairs, config, batch_size, rows_per_device, shards, 408, "cpu")
-    return Batches(pairs, layout, batch_size, orpo or OrpoConfig(), seed)
+    layout = make_layout(pairs, config, batch_size, rows_per_device, shards, platform, rows_per_step, attention)
+    return Batches(pairs, layout, batch_size, orpo or OrpoConfig(), seed, rows_per_step)
 
 
 @pytest.mark.parametrize("seed", [None, 0, 7])
@@ -286,15 +287,16 @@ def test_a_batch_holds_its_members_and_nothing_else(pretrained):
         batch, info = batches.batch(step)
         members = [batches.pairs[i] for i in batches.members(step)]
         found = []
-        flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.rows)
-        for row in range(len(flat.ids)):
-            for slot in np.flatnonzero(flat.pair_weights[row]):
-                found.append(tuple(tuple(flat.targets[row][flat.segments[row] == 2 * slot + side].tolist())
-                                   for side in (1, 2)))
+        for group in batch.groups:
+            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), group.rows)
+            for row in range(len(flat.ids)):
+                for slot in np.flatnonzero(flat.pair_weights[row]):
+                    found.append(tuple(tuple(flat.targets[row][flat.segments[row] == 2 * slot + side].tolist())
+                                       for side in (1, 2)))
         assert sorted(found) == sorted((tuple(p.chosen_ids[p.chosen_prompt:].tolist()),
                                         tuple(p.rejected_ids[p.rejected_prompt:].tolist())) for p in members)
-        assert float(batch.pairs) == info.pairs == len(members)
-        assert float(batch.nll_weight) == sum(len(p.chosen_ids) - 1 for p in members)
+        assert float(batch.counts.pairs) == len(info.branches) == len(members)
+        assert float(batch.counts.nll_weight) == sum(len(p.chosen_ids) - 1 for p in members)
         assert info.tokens == sum(len(p.chosen_ids) + len(p.rejected_ids) - 1 - max(p.shared, 1) for p in members)
 
 
@@ -345,23 +347,111 @@ def test_the_process_and_the_epoch_leave_shapes_alone(pretrained):
     shapes = {tuple((np.shape(x), np.asarray(x).dtype) for x in jax.tree.leaves(batches.batch(step)[0]))
               for step in range(50)}
     assert len(shapes) == 1
-    layout, rows = batches.layout, batches.batch(0)[0].rows
-    assert rows.ids.shape == (layout.max_micro, layout.rows, layout.row_length)
+    layout, groups = batches.layout, batches.batch(0)[0].groups
+    assert [group.rows.ids.shape for group in groups] == [
+        (layout.max_micro, layout.rows, length) for length in layout.row_lengths]
     assert layout.rows == layout.rows_per_device * 2
 
 
 @pytest.mark.parametrize("changes", [{}, dict(packing=False), dict(share_prompt=False), dict(row_length=100),
-                                     dict(rows_per_device="auto"), dict(shards=8), dict(batch_size=1)])
+                                     dict(rows_per_device="auto"), dict(shards=8), dict(batch_size=1),
+                                     dict(rows_per_step=3), dict(attention="cudnn"), dict(attention="splash"),
+                                     dict(platform="tpu", rows_per_device="auto")])
 def test_every_batch_fits_its_layout(pretrained, changes):
     batches = make_batches(pretrained, **changes)
     for step in range(batches.steps_per_epoch):
         batch, info = batches.batch(step)
-        assert 1 <= batch.num_micro <= batches.layout.max_micro
-        assert info.tokens <= info.slots == batch.num_micro * batches.layout.rows * batches.layout.row_length
-        used = np.asarray(batch.rows.pair_weights).any(-1).any(-1)
-        assert not used[batch.num_micro:].any()
-        if not batches.layout.packing:
-            assert batch.rows.pair_weights.shape[-1] == 1
+        layout = batches.layout
+        assert info.tokens <= info.slots == sum(
+            int(group.num_micro) * layout.rows * length
+            for group, length in zip(batch.groups, layout.row_lengths, strict=True))
+        for group in batch.groups:
+            assert 0 <= group.num_micro <= layout.max_micro
+            used = np.asarray(group.rows.pair_weights).any(-1).any(-1)
+            assert not used[group.num_micro:].any()
+            assert "packing" not in changes or group.rows.pair_weights.shape[-1] == 1
+            start, chosen, rejected, end = np.moveaxis(np.asarray(group.rows.bounds), -1, 0)
+            assert max((rejected - start).max(), (chosen - start + end - rejected).max()) <= layout.branch_length
+            assert (chosen - start + end - start).sum(-1).max() <= layout.expanded_length
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_steps_of_full_rows_take_every_pair_once_an_epoch(pretrained, seed):
+    batches = make_batches(pretrained, count=200, rows_per_step=3, seed=seed, row_length=256)
+    for epoch in range(3):
+        first = sum(map(batches.num_steps, range(epoch)))
+        steps = [batches.members(first + i) for i in range(batches.num_steps(epoch))]
+        assert sorted(np.concatenate(steps).tolist()) == list(range(200))
+        assert all(len(batches.plan(first + i)[0]) == 3 for i in range(batches.num_steps(epoch) - 1))
+        assert batches.locate(first) == (epoch, 0)
+    _, info = batches.batch(0)
+    assert info.tokens / info.slots > 0.9
+    assert total_steps(batches, 2.5, -1) == batches.num_steps(0) + batches.num_steps(1) + math.ceil(
+        batches.num_steps(2) / 2)
+
+
+def test_steps_of_full_rows_do_not_depend_on_the_machine(pretrained):
+    base = make_batches(pretrained, rows_per_step=3)
+    for changes in (dict(platform="gpu"), dict(shards=8), dict(rows_per_device=1)):
+        other = make_batches(pretrained, rows_per_step=3, **changes)
+        for step in range(base.num_steps(0)):
+            assert [row.tolist() for row in other.plan(step)[0]] == [row.tolist() for row in base.plan(step)[0]]
+
+
+def ultrafeedback_like(count):
+    """Lengths [pairs, 3] of prompt, chosen and rejected, as UltraFeedback's are spread, cut to 1,024 tokens."""
+    rng = np.random.default_rng(0)
+    spread = lambda mean, sigma, z: np.exp(np.log(mean) - sigma**2 / 2 + sigma * z).astype(int) + 2
+    shared, own = rng.standard_normal(count), rng.standard_normal((2, count))
+    prompt = np.minimum(spread(180, 1.1, rng.standard_normal(count)), 512)
+    chosen, rejected = (np.minimum(spread(mean, sigma, 0.6 * shared + 0.8 * z), 1024 - prompt)
+                        for mean, sigma, z in ((330, 0.75, own[0]), (280, 0.85, own[1])))
+    return np.stack([prompt, chosen, rejected], axis=1)
+
+
+class Lengths:
+    """Stands for Pairs where nothing but lengths is read."""
+
+    def __init__(self, parts):
+        self.prompt, self.chosen, self.rejected = parts.T
+
+    def sequence_lengths(self):
+        return np.stack([self.prompt + self.chosen, self.prompt + self.rejected], axis=1)
+
+    def sizes(self, share_prompt):
+        longer = self.chosen + self.rejected + 2 * self.prompt - 2
+        lengths = longer - (self.prompt - 1) * share_prompt
+        return np.stack([lengths, np.ones_like(lengths), longer], axis=1)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize(("shards", "batch_size"), [
+    (1, 64), (1, 128), (1, 512), (8, 64), (8, 128), (8, 512), (16, 64), (16, 128), (16, 512), (64, 512)])
+def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, batch_size):
+    parts = ultrafeedback_like(24_000)
+    layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform)
+    unseen = Lengths(parts[12_000:]).sizes(True)
+    steps = [unseen[start:start + batch_size] for start in range(0, len(unseen) - batch_size, batch_size)][:24]
+    # Pairs longer than any that were seen can't come: the layout is made for the whole data set.
+    assert layout.fill([step[step[:, 0] <= layout.row_lengths[-1]] for step in steps]) >= 0.85
+
+
+def test_what_is_made_ahead_comes_in_order_and_errors_come_through():
+    made = list(data.ahead(lambda step: step * step, range(20)))
+    assert [value for value, _ in made] == [step * step for step in range(20)]
+    assert all(waited >= 0 for _, waited in made)
+    broken = data.ahead(lambda step: 1 // (3 - step), range(20))
+    with pytest.raises(ZeroDivisionError):
+        list(broken)
+
+
+def test_a_slow_reader_never_waits():
+    """While a step runs, the next batch is made."""
+    waits = []
+    for _, waited in data.ahead(lambda step: time.sleep(0.05), range(5)):
+        waits.append(waited)
+        time.sleep(0.2)
+    assert waits[0] > 0.03 and max(waits[1:]) < 0.02
 
 
 def test_a_row_holds_the_longest_pair_and_no_less(pretrained):
@@ -370,7 +460,7 @@ def test_a_row_holds_the_longest_pair_and_no_less(pretrained):
     for share in (True, False):
         longest = int(pairs.lengths(share).max())
         make_batches(pretrained, row_length=longest, share_prompt=share)
-        assert make_batches(pretrained, share_prompt=share).layout.row_length >= longest
+        assert make_batches(pretrained, share_prompt=share).layout.row_lengths[-1] >= longest
         with pytest.raises(ValueError, match=rf"^data\.row_length: .*\({longest} tokens\), got {longest - 1}; "):
             make_batches(pretrained, row_length=longest - 1, share_prompt=share)
 
@@ -381,18 +471,20 @@ def test_a_row_holds_the_longest_pair_and_no_less(pretrained):
 def test_a_step_without_a_target_has_counts_that_divide(tmp_path, rows, bos):
     model = open_pretrained(str(tiny.write_model(tmp_path / "model", tokenizer=tiny.make_tokenizer(bos=bos))))
     batch, _ = make_batches(model, rows=rows, identical="keep", empty="keep").batch(0)
-    assert batch.nll_weight >= 1 and batch.pairs >= 1
+    assert batch.counts.nll_weight >= 1 and batch.counts.pairs >= 1
 
 
 def test_batches_on_devices_are_the_batches(pretrained):
-    from orpo_jax.sharding import batch_sharding, make_mesh
+    from orpo_jax.sharding import make_mesh
 
     batches = make_batches(pretrained, shards=8, rows_per_device=1)
     mesh = make_mesh(dict(data=2, fsdp=4, tensor=1))
     batch, _ = batches.batch(1)
-    on_devices = data.to_devices(batch, batch_sharding(mesh))
+    on_devices = data.to_devices(batch, mesh)
     assert equal(jax.device_get(on_devices), batch)
-    assert on_devices.rows.ids.sharding.shard_shape(batch.rows.ids.shape)[1] == batch.rows.ids.shape[1] // 8
+    for there, here in zip(on_devices.groups, batch.groups, strict=True):
+        shape = here.rows.ids.shape
+        assert there.rows.ids.sharding.shard_shape(shape)[1] == shape[1] // 8
 
 
 def test_ids_and_positions_past_the_tables_are_errors(pretrained):

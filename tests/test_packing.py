@@ -21,8 +21,12 @@ def lengths_of(pairs, share):
     return [int(packing.pair_length(len(p.chosen_ids), len(p.rejected_ids), p.shared, share)) for p in pairs]
 
 
+def pack(lengths, row_length, max_pairs):
+    return packing.pack(np.stack([lengths, np.ones_like(lengths)], axis=1), (row_length, max_pairs))
+
+
 def build(pairs, share, row_length=64, max_pairs=8, **options):
-    plan = packing.pack(lengths_of(pairs, share), row_length, max_pairs)
+    plan = pack(lengths_of(pairs, share), row_length, max_pairs)
     options = {"nll_scope": "sequence", "nll_reduction": "token", **options}
     rows = packing.build_rows(pairs, plan, num_rows=len(plan) + 1, row_length=row_length, max_pairs=max_pairs,
                               share_prompt=share, **options)
@@ -75,13 +79,22 @@ def test_weights_cover_prompt_and_chosen_once(seed, share):
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(1, 5))
 def test_every_pair_is_packed_once_and_fits(lengths, max_pairs):
-    plan = packing.pack(lengths, 100, max_pairs)
+    plan = pack(lengths, 100, max_pairs)
     assert sorted(i for row in plan for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= 100 and len(row) <= max_pairs for row in plan)
 
 
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50), st.integers(0, 9)), min_size=1, max_size=60))
+def test_every_capacity_holds(sizes):
+    sizes = np.array(sizes)
+    plan = packing.pack(sizes, (100, 60, 12))
+    assert sorted(i for row in plan for i in row) == list(range(len(sizes)))
+    assert all((sizes[row].sum(0) <= (100, 60, 12)).all() for row in plan)
+
+
 def test_best_fit_fills_rows():
-    assert len(packing.pack([60, 50, 50, 40, 30, 70], 100, 8)) == 3
+    assert len(pack([60, 50, 50, 40, 30, 70], 100, 8)) == 3
 
 
 def test_sharing_saves_the_prompt_but_its_last_token():
@@ -103,6 +116,6 @@ def test_padding_sees_only_itself():
 
 @pytest.mark.parametrize("count", [100_000])
 def test_a_large_plan_takes_seconds(count):
-    lengths = np.random.default_rng(0).integers(100, 1900, count).tolist()
-    plan = packing.pack(lengths, 2048, 16)
+    lengths = np.random.default_rng(0).integers(100, 1900, count)
+    plan = pack(lengths, 2048, 16)
     assert sum(lengths) / (len(plan) * 2048) > 0.97

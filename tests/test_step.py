@@ -110,7 +110,7 @@ def test_every_mesh_gives_the_one_device_numbers(trials, mesh, tied, micro_batch
     trial, expected = trials[tied]
     shards = mesh[0] * mesh[1]
     # One pair to a row, so that 24 rows make the wanted number of micro-batches on any mesh.
-    got = trial.step(mesh, packing=False, rows_per_device=PAIRS // shards // micro_batches)
+    got = trial.step(mesh, packing=False, row_length=128, rows_per_device=PAIRS // shards // micro_batches)
     assert got[3] == micro_batches
     assert_same(got, expected)
 
