@@ -18,8 +18,9 @@ Columns
 - pairs/s: every step at its fastest round, and at its median; all steps together.
 - tokens/s: of both sequences of every pair, the same tokens for all. computed: positions that were in fact computed;
   padding adds to them, and a prompt that is computed once takes off.
-- TFLOP/pair: as the compiler counts, or '-'. MFU: the FLOPs that the pairs need, nothing computed twice
-  (models.useful_flops), over the chip's peak; a CPU's peak is a float32 matrix product measured before the runs.
+- FLOP/pair: as the compiler counts, or '-' where its count is not the step's (jax_side.compiler_flops). MFU: the FLOPs
+  that the pairs need, nothing computed twice (models.useful_flops), over the chip's peak; a CPU's peak is a float32
+  matrix product measured before the runs.
 - peak GiB: of the process on CPU (with the model's files read and the libraries), of the device's allocator on GPUs.
 - first step s: the first step, compilation included.
 """
@@ -184,7 +185,7 @@ def run_apart(system: str, settings: Settings, folder: pathlib.Path) -> Result:
     file.write_text(json.dumps(dataclasses.asdict(settings)))
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {"OMP_WAIT_POLICY": "passive", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ,
-                   "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda",
+                   "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda,cpu",
                    "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, __file__, "--one", system, "--settings", str(file)], capture_output=True,
                           text=True, env=environment)
@@ -260,9 +261,9 @@ def find_largest(args: argparse.Namespace, names: Sequence[str], folder: pathlib
 
 def describe(args: argparse.Namespace, reference: str | None) -> str:
     """Returns in a sentence what a run was, for the README."""
-    where = f"{args.data}, at most {args.max_length} tokens" if args.data else (
+    where = f"rows of {pathlib.Path(args.data).name}, at most {args.max_length} tokens" if args.data else (
         f"{args.lengths} lengths" + (f" times {args.scale:g}" if args.scale != 1 else ""))
-    text = f"{args.model}, {args.dtype}, {where}, {args.pairs} pairs a step"
+    text = f"{pathlib.Path(args.model).name}, {args.dtype}, {where}, {args.pairs} pairs a step"
     text += f", micro-batches of {args.micro} in TRL's layout" + (f"; {args.rounds} rounds of {args.steps} steps")
     return text + (f"; parity with {reference}." if reference else ".")
 

@@ -139,7 +139,18 @@ def measure(system: System, settings: Settings) -> Result:
     make = trl_layout_step if system.trl_layout else own_step
     with jax.set_mesh(mesh), head.precision(jnp.dtype(settings.dtype)):
         params = weights.load_params(pathlib.Path(settings.model), arch, mesh=mesh)
-        return clock(settings, *make(system, settings, pairs, arch, params, mesh), lambda: peak_memory(device))
+        steps = make(system, settings, pairs, arch, params, mesh)
+        return clock(settings, *steps, lambda: peak_memory(device)) | {"compiler_flops": compiler_flops(system, arch)}
+
+
+def compiler_flops(system: System, arch: Architecture) -> float | None:
+    """Returns the FLOPs per pair of the compiled step, or None where the compiler's count is not that.
+
+    XLA's cost analysis counts the body of a loop once. Layers and micro-batches are loops in every system here, so its
+    count is of no step that runs, and the answer is None.
+    """
+    del system, arch
+    return None
 
 
 def peak_memory(device: Any) -> int:

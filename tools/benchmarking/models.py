@@ -82,12 +82,3 @@ def useful_flops(arch: Architecture, pairs: Sequence[Pair]) -> float:
     spec = arch.spec
     return 6 * matmul_weights(arch) * tokens + 12 * spec.num_heads * spec.head_dim * spec.num_layers * keys
 
-
-def compiler_flops(compiled: Any) -> float | None:
-    """Returns the FLOPs of a compiled step as the compiler counts them, or None where its count is not the step's.
-
-    It counts the body of a loop once. The layers and the micro-batches of a step are loops, so the answer is None for
-    every step there is.
-    """
-    del compiled
-    return None

@@ -14,7 +14,7 @@ MARKS = ("<!-- benchmark: written by `python tools/benchmark.py --readme` -->", 
 NOT_MEASURED = "Not measured yet: `python tools/benchmark.py --preset cpu-small`, then `--readme`."
 # How far the first step's loss and gradient norm may be from the reference's, relatively.
 TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (1e-2, 5e-2)}
-COLUMNS = ("system", "pairs/s, max", "median", "tokens/s", "computed", "TFLOP/pair", "MFU", "peak GiB", "first step s",
+COLUMNS = ("system", "pairs/s, max", "median", "tokens/s", "computed", "FLOP/pair", "MFU", "peak GiB", "first step s",
            "step-1 loss")
 
 
@@ -43,7 +43,7 @@ def figures(rounds: Sequence[Result], work: Work) -> dict[str, Any]:
         "median_pairs_per_second": pairs / median,
         "tokens_per_second": sum(work.tokens) / fastest,
         "computed_tokens_per_second": sum(last["computed_tokens"]) / fastest,
-        "compiler_tflop_per_pair": last.get("compiler_tflop_per_pair"),
+        "compiler_flops_per_pair": last.get("compiler_flops"),
         "mfu": best * work.flops_per_pair / work.peak_flops if work.peak_flops else None,
         "peak_gib": max(run["peak_bytes"] for run in rounds) / 2**30,
         "first_seconds": min(run["first_seconds"] for run in rounds),
@@ -75,7 +75,7 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     optional = lambda value, form: "-" if value is None else format(value, form)
     return [name, f"{row['pairs_per_second']:.2f}", f"{row['median_pairs_per_second']:.2f}",
             f"{row['tokens_per_second']:,.0f}", f"{row['computed_tokens_per_second']:,.0f}",
-            optional(row["compiler_tflop_per_pair"], ".3f"), optional(row["mfu"], ".1%"), f"{row['peak_gib']:.2f}",
+            optional(row["compiler_flops_per_pair"], ".3e"), optional(row["mfu"], ".1%"), f"{row['peak_gib']:.2f}",
             f"{row['first_seconds']:.1f}", f"{row['loss']:.5f}"]
 
 
