@@ -1,0 +1,158 @@
+"""The systems in JAX: the project's own step under three layouts, and TRL's layout as a port of it would have it.
+
+The project's step is what `orpo_jax.train` runs, batches made and handed over inside the timed part. Each step is
+waited for before the next one's batch is made, so the overlap that a run has is not counted in its favour.
+"""
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyarrow as pa
+from flax import nnx
+
+from benchmarking.pairs import Pair, load
+from benchmarking.systems import Result, Settings, System, clock, peak_rss
+from orpo_jax import config as config_lib
+from orpo_jax import data, head, loss, optim, sharding, weights
+from orpo_jax import step as step_lib
+from orpo_jax.attention import causal_attention
+from orpo_jax.families import Architecture, architecture, read_config
+
+Steps = tuple[Callable[[], tuple[float, float]], Callable[[int], int]]  # what `clock` takes
+
+
+def as_data(pairs: Sequence[Pair]) -> data.Pairs:
+    """Returns pairs as the tokenised data set that the trainer reads."""
+    columns = dict(zip(("chosen_ids", "rejected_ids", "chosen_prompt", "rejected_prompt", "shared"),
+                       zip(*pairs, strict=True), strict=True))
+    schema = pa.schema([data.TOKENISED.field(name) for name in columns])
+    return data.Pairs(pa.table({name: list(column) for name, column in columns.items()}, schema), np.arange(len(pairs)))
+
+
+def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Architecture, params: weights.Params,
+             mesh: jax.sharding.Mesh) -> Steps:
+    """Returns the project's own train step over the pairs."""
+    platform = mesh.devices.flat[0].platform
+    data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
+    table = as_data(pairs)
+    layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform)
+    orpo = config_lib.OrpoConfig(beta=settings.beta)
+    batches, micro = (data.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
+
+    optimizer, schedule = make_optimizer(settings, arch)
+    shardings = step_lib.state_shardings(weights.abstract_params(arch, jnp.float32, mesh), optimizer, mesh)
+    remat = "full" if system.recompute else "none"
+    model = step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), remat, settings.beta)
+    train_step = step_lib.make_train_step(model, optimizer, schedule, shardings)
+    state = step_lib.initial_state(params, optimizer, shardings)
+
+    def take(batches: data.Batches, i: int) -> tuple[dict[str, Any], float, int]:
+        nonlocal state
+        batch, info = batches.batch(i)
+        state, sums, grad_norm, _ = train_step(state, data.to_devices(batch, mesh))
+        jax.block_until_ready(state)
+        return sums, float(grad_norm), info.slots
+
+    def first() -> tuple[float, float]:
+        sums, grad_norm, _ = take(micro, 0)
+        return float(loss.metrics(sums, beta=settings.beta)["loss"]), grad_norm
+
+    return first, lambda i: take(batches, i)[2]
+
+
+def trl_layout_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Architecture,
+                    params: weights.Params, mesh: jax.sharding.Mesh) -> Steps:
+    """Returns a step over micro-batches [2B, T], chosen above rejected, padded to the longest sequence of the run."""
+    width = -(-max(pair.longest for pair in pairs) // 64) * 64
+    graph, dtype = weights.make_graph(arch), jnp.dtype(settings.dtype)
+    optimizer, _ = make_optimizer(settings, arch)
+    opt_state = optimizer.init(params)
+
+    def loss_of(params: weights.Params, micro: tuple[jax.Array, ...]) -> jax.Array:
+        ids_BT, lengths_B, prompts_B = micro
+        half, positions_T = len(ids_BT) // 2, jnp.arange(width)
+        positions_BT = jnp.broadcast_to(positions_T, ids_BT.shape)
+        cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(dtype), part)
+                for name, part in params.items()}
+        module = nnx.merge(graph, cast)
+        hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT))
+        logps_BTV = jax.nn.log_softmax(head.logits(hidden_BTD, module.unembedding())[:, :-1])
+        logps_BT = jnp.take_along_axis(logps_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
+        real_BT = positions_T[1:] < lengths_B[:, None]
+        response_BT = real_BT & (positions_T[1:] >= prompts_B[:, None])
+        means_B = jnp.sum(logps_BT * response_BT, axis=1) / jnp.sum(response_BT, axis=1)
+        nll = -jnp.sum((logps_BT * real_BT)[:half]) / jnp.sum(real_BT[:half])
+        return loss.orpo_loss(means_B[:half], means_B[half:], nll, beta=settings.beta)[0]
+
+    @jax.jit(donate_argnums=(0, 1))
+    def train_step(params: weights.Params, opt_state: Any, micros: tuple[jax.Array, ...], count: jax.Array) -> tuple:
+        def add(i: jax.Array, total: Any) -> Any:
+            return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, tuple(x[i] for x in micros)))
+
+        total = jax.lax.fori_loop(0, count, add, (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)))
+        value, grads = jax.tree.map(lambda x: x / count, total)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value, optax.global_norm(grads)
+
+    def take(members: Sequence[Pair]) -> tuple[float, float, int]:
+        nonlocal params, opt_state
+        micros = [stack_trl(members[i:i + settings.micro], width) for i in range(0, len(members), settings.micro)]
+        # As many as a step has, so that one program fits: those past the count are not read.
+        micros += micros[:1] * (settings.pairs // settings.micro - len(micros))
+        batch = tuple(jnp.asarray(np.stack(part)) for part in zip(*micros, strict=True))
+        params, opt_state, value, grad_norm = jax.block_until_ready(
+            train_step(params, opt_state, batch, jnp.int32(len(members) // settings.micro)))
+        return float(value), float(grad_norm), 2 * len(members) * width
+
+    return (lambda: take(pairs[:settings.micro])[:2],
+            lambda i: take(pairs[i * settings.pairs:(i + 1) * settings.pairs])[2])
+
+
+def stack_trl(pairs: Sequence[Pair], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns ids [2B, T], and each sequence's length and how many of its tokens are prompt."""
+    sequences = [pair.sequences[side] for side in (0, 1) for pair in pairs]
+    ids = np.zeros((len(sequences), width), np.int32)
+    for row, (sequence, _) in zip(ids, sequences, strict=True):
+        row[:len(sequence)] = sequence
+    return ids, np.array([len(sequence) for sequence, _ in sequences]), np.array([prompt for _, prompt in sequences])
+
+
+def make_optimizer(settings: Settings, arch: Architecture) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns AdamW without weight decay, clipped at norm 1, at a constant learning rate."""
+    config = config_lib.OptimConfig(learning_rate=settings.learning_rate, lr_scheduler_type="constant")
+    return optim.make_optimizer(config, 1, arch.decay_mask()), optim.learning_rate_schedule(config, 1)
+
+
+def measure(system: System, settings: Settings) -> Result:
+    """Returns the result of one run in this process, on the first device."""
+    device = jax.devices()[0]
+    if (device.platform == "cpu") != (settings.device == "cpu"):
+        raise ValueError(f"--device {settings.device}: JAX found only {device.platform} devices")
+    pairs = load(pathlib.Path(settings.pairs_file))
+    arch = architecture(read_config(pathlib.Path(settings.model)), max(pair.longest for pair in pairs))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), [device])
+    make = trl_layout_step if system.trl_layout else own_step
+    with jax.set_mesh(mesh), head.precision(jnp.dtype(settings.dtype)):
+        params = weights.load_params(pathlib.Path(settings.model), arch, mesh=mesh)
+        steps = make(system, settings, pairs, arch, params, mesh)
+        return clock(settings, *steps, lambda: peak_memory(device)) | {"compiler_flops": compiler_flops(system, arch)}
+
+
+def compiler_flops(system: System, arch: Architecture) -> float | None:
+    """Returns the FLOPs per pair of the compiled step, or None where the compiler's count is not that.
+
+    XLA's cost analysis counts the body of a loop once. Layers and micro-batches are loops in every system here, so its
+    count is of no step that runs, and the answer is None.
+    """
+    del system, arch
+    return None
+
+
+def peak_memory(device: Any) -> int:
+    """Returns the most bytes held: by this process on CPU, on the device elsewhere."""
+    return peak_rss() if device.platform == "cpu" else int((device.memory_stats() or {})["peak_bytes_in_use"])

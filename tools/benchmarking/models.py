@@ -1,0 +1,84 @@
+"""The named model shapes, written as random weights in Hugging Face format, and the work that training one needs."""
+
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarking.pairs import Pair
+from orpo_jax import weights
+from orpo_jax.families import Architecture, architecture
+
+
+def _llama(vocab: int, d: int, layers: int, heads: int, kv: int, head: int, mlp: int, **more: Any) -> dict[str, Any]:
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocab, "hidden_size": d,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": head,
+            "intermediate_size": mlp, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, **more}
+
+
+def _qwen2(vocab: int, d: int, layers: int, heads: int, kv: int, mlp: int) -> dict[str, Any]:
+    llama = _llama(vocab, d, layers, heads, kv, d // heads, mlp, rope_theta=1e6, rms_norm_eps=1e-6)
+    del llama["head_dim"]
+    return llama | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+
+
+SHAPES = {
+    "tiny": _llama(512, 32, 2, 4, 2, 8, 48, tie_word_embeddings=False),
+    "small": _llama(8192, 256, 4, 4, 2, 64, 704, tie_word_embeddings=False),
+    "qwen2-0.5b": _qwen2(151936, 896, 24, 14, 2, 4864),
+    "llama-1b": _llama(128256, 2048, 16, 32, 8, 64, 8192),
+    "qwen2-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960),
+    "llama-3b": _llama(128256, 3072, 28, 24, 8, 128, 8192),
+    "llama-8b": _llama(128256, 4096, 32, 32, 8, 128, 14336, tie_word_embeddings=False),
+}
+
+
+def write_model(name: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
+    """Writes the named shape with random weights into the folder, and returns it.
+
+    Weights of standard deviation 1 / sqrt(width) make logits that spread by about 1, so that a wrong mask or layout
+    shows in the loss. In bfloat16, which halves the file; all systems read the same rounded weights into float32.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = SHAPES[name]
+    (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
+    arch = architecture(config, 1)
+    names = {hf: "bfloat16" for weight in arch.table for hf in weights.hf_names(weight, arch.spec.num_layers)}
+    weights.save_params(weights.random_params(arch, seed, config["hidden_size"]**-0.5), arch, folder, names)
+    return folder
+
+
+def matmul_weights(arch: Architecture) -> int:
+    """Returns how many weights each token is multiplied by: all matrices, of the tables only the head's."""
+    count, sizes = 0, arch.spec.sizes
+    for weight in arch.table:
+        if weight.decays and weight.path not in ("embed", "unembed"):
+            count += math.prod(weight.shape(sizes))
+    return count + arch.spec.vocab_size * arch.spec.d_model
+
+
+def shared_tokens(pair: Pair) -> int:
+    """Returns the positions of a pair whose shared prompt is computed once (packing.py)."""
+    trunk = max(pair.shared, 1) - 1
+    return len(pair.chosen_ids) + len(pair.rejected_ids) - 2 - trunk
+
+
+def visible_keys(pair: Pair) -> float:
+    """Returns how many (query, key) pairs the attention of a pair has, its shared prompt computed once."""
+    triangle = lambda n: n * (n + 1) / 2
+    trunk = max(pair.shared, 1) - 1
+    return sum(triangle(len(ids) - 1) for ids, _ in pair.sequences) - triangle(trunk)
+
+
+def useful_flops(arch: Architecture, pairs: Sequence[Pair]) -> float:
+    """Returns the FLOPs that one training step over the pairs needs, forward and backward, nothing computed twice.
+
+    6 per matmul weight and token, and 12 N H per layer and visible key: a multiplication and an addition, in the
+    scores and in the sum of values, forward and twice backward. Sliding windows are not taken off.
+    """
+    tokens, keys = (sum(map(count, pairs)) for count in (shared_tokens, visible_keys))
+    spec = arch.spec
+    return 6 * matmul_weights(arch) * tokens + 12 * spec.num_heads * spec.head_dim * spec.num_layers * keys
+

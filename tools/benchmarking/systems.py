@@ -1,0 +1,89 @@
+"""The systems that are compared, what a run of one is told, and the clock that is the same for all."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """One row of the table. `side` says which file runs it; the other fields are that side's own."""
+
+    side: str  # "jax" or "torch"
+    only_gpu: bool = False
+    # jax: the layout, "trl" is TRL's own; and whether activations are computed again.
+    packing: bool = True
+    share_prompt: bool = True
+    trl_layout: bool = False
+    # Both sides: whether the backward pass computes activations again (TRL's default on any device).
+    recompute: bool = False
+    # torch
+    liger: bool = False
+    grouped: bool = False  # a step's pairs sorted by length before they are cut into micro-batches
+    cudnn: bool = False
+    compiled: bool = False
+
+
+SYSTEMS = {
+    "orpo_jax packed+shared": System("jax"),
+    "orpo_jax packed": System("jax", share_prompt=False),
+    "orpo_jax concatenated": System("jax", packing=False, share_prompt=False),
+    "orpo_jax packed+shared, recompute": System("jax", recompute=True, only_gpu=True),
+    "JAX, TRL's layout": System("jax", trl_layout=True),
+    "torch TRL": System("torch"),
+    "torch TRL, recompute": System("torch", recompute=True, only_gpu=True),
+    "torch TRL, grouped": System("torch", grouped=True, only_gpu=True),
+    "torch TRL, cuDNN": System("torch", cudnn=True, only_gpu=True),
+    "torch TRL, compiled": System("torch", compiled=True, only_gpu=True),
+    "torch Liger": System("torch", liger=True),
+    "torch Liger, recompute": System("torch", liger=True, recompute=True, only_gpu=True),
+    "torch Liger, grouped": System("torch", liger=True, grouped=True, only_gpu=True),
+}
+# The first of these that ran says what the loss must be.
+REFERENCES = ("torch TRL", "torch TRL, recompute", "orpo_jax concatenated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every system of a run is told."""
+
+    model: str  # folder in Hugging Face format
+    pairs_file: str
+    device: str  # "cpu" or "gpu"
+    dtype: str  # "float32", or "bfloat16": float32 weights, and matmuls and activations in bfloat16
+    pairs: int = 64  # per optimiser step
+    micro: int = 8  # pairs of a micro-batch, where the system lays them out as TRL does
+    rows: int | str = "auto"  # rows of a micro-batch of orpo_jax
+    warmup: int = 1
+    steps: int = 3
+    beta: float = 0.1
+    learning_rate: float = 1e-6
+
+
+Result = dict[str, Any]
+
+
+def clock(settings: Settings, first: Callable[[], tuple[float, float]], step: Callable[[int], int],
+          peak_memory: Callable[[], int]) -> Result:
+    """Returns the losses, times, computed tokens and memory of a run.
+
+    first() takes an optimiser step over the first micro-batch and returns its loss and gradient norm; step(i) takes
+    the step over all pairs of step i, waits for it, and returns how many positions it computed.
+    """
+    start = time.perf_counter()
+    loss, grad_norm = first()
+    first_seconds = time.perf_counter() - start
+    seconds, computed = [], []
+    for i in range(settings.warmup + settings.steps):
+        start = time.perf_counter()
+        computed.append(step(i))
+        seconds.append(time.perf_counter() - start)
+    return {"loss": loss, "grad_norm": grad_norm, "first_seconds": first_seconds, "seconds": seconds[settings.warmup:],
+            "computed_tokens": computed[settings.warmup:], "peak_bytes": peak_memory()}
+
+
+def peak_rss() -> int:
+    """Returns the most bytes of memory that this process has held (Linux)."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
