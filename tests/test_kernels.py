@@ -387,15 +387,17 @@ def test_it_compiles_for_a_tpu(backend):
         pytest.skip("needs libtpu")
     root = pathlib.Path(__file__).parents[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "",
+           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
     result = subprocess.run([sys.executable, str(root / "tests" / "compile_for_tpu.py"), backend], env=env,
                             capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     programs = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(programs) == 11
+    assert len(programs) == 12
     for program in programs:
         print(program)
-        # One forward, and one or two backward; under jax.checkpoint as well.
-        assert program["kernels"] == {"splash": 3, "tokamax": 2}[backend], program
+        # One forward, and one or two backward; another forward only where jax.checkpoint keeps nothing.
+        again = program.get("remat") == "nothing"
+        assert program["kernels"] == {"splash": 3, "tokamax": 2}[backend] + again, program
         # tokamax lists its blocks by a scatter of a few integers; nothing scatters activations.
         assert program["scatters"] == [] or (backend == "tokamax" and set(program["scatters"]) == {"s32"}), program
