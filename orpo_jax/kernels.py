@@ -46,16 +46,27 @@ LARGE_BLOCK = 512
 # The choice
 
 
-def choose(name: str, platform: str, *, head_dim: int, dtype: Any, windows: Sequence[int | None],
+class Shape(NamedTuple):
+    """What decides whether a kernel can run a model."""
+
+    head_dim: int
+    row_length: int
+    dtype: jnp.dtype
+    windows: Sequence[int | None]  # of each layer
+    softcap: float | None
+
+
+def choose(name: str, platform: str, *, head_dim: int, row_length: int, dtype: Any, windows: Sequence[int | None],
            softcap: float | None = None) -> str:
     """Returns the back end that runs for `model.attention`; logs one line where it is not the one asked for.
 
-    platform: as jax.default_backend() spells it. windows: of each layer.
+    platform: as jax.default_backend() spells it. windows: of each layer, None where it has none.
     """
+    shape = Shape(head_dim, row_length, jnp.dtype(dtype), windows, softcap)
     backend = asked = PREFERRED.get(platform, "xla") if name == "auto" else name
     reasons = []
     while backend != "xla":
-        reason = refusal(backend, platform, head_dim=head_dim, dtype=jnp.dtype(dtype), windows=windows, softcap=softcap)
+        reason = refusal(backend, platform, shape)
         if reason is None:
             break
         reasons.append(f"{backend}: {reason}")
@@ -65,15 +76,16 @@ def choose(name: str, platform: str, *, head_dim: int, dtype: Any, windows: Sequ
     return backend
 
 
-def refusal(backend: str, platform: str, *, head_dim: int, dtype: jnp.dtype, windows: Sequence[int | None],
-            softcap: float | None) -> str | None:
+def refusal(backend: str, platform: str, shape: Shape) -> str | None:
     """Returns why a back end can't run, or None if it can."""
     if platform != PLATFORM[backend]:
         return f"needs a {PLATFORM[backend].upper()}, and this is a {platform.upper()}"
-    if backend in ("cudnn", "splash") and len(set(windows)) > 1:
+    if backend in ("cudnn", "splash") and len(set(shape.windows)) > 1:
         return "takes one window for all layers, and this model's differ"
+    if backend == "cudnn_mask" and shape.row_length % 2:
+        return f"needs rows of an even length, and these have {shape.row_length}"
     if backend in ("cudnn", "cudnn_mask"):
-        return _cudnn_refusal(head_dim, dtype, softcap)
+        return _cudnn_refusal(shape)
     if backend == "tokamax":
         try:
             _tokamax()
@@ -82,12 +94,12 @@ def refusal(backend: str, platform: str, *, head_dim: int, dtype: jnp.dtype, win
     return None
 
 
-def _cudnn_refusal(head_dim: int, dtype: jnp.dtype, softcap: float | None) -> str | None:
-    if softcap is not None:
+def _cudnn_refusal(shape: Shape) -> str | None:
+    if shape.softcap is not None:
         return "has no soft cap of scores"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"takes bfloat16 and float16, not {dtype}"
-    x = jax.ShapeDtypeStruct((1, 64, 1, head_dim), dtype)
+    if shape.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"takes bfloat16 and float16, not {shape.dtype}"
+    x = jax.ShapeDtypeStruct((1, 64, 1, shape.head_dim), shape.dtype)
     loss = lambda x: jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn").sum()
     try:
         # JAX's own checks of the library, the device and the head size, forward and backward; nothing runs.
@@ -239,7 +251,6 @@ def _cudnn(rows: Rows, branch_length: int, implementation: str) -> Attend:
 def _cudnn_mask(rows: Rows, implementation: str) -> Attend:
     """Returns attention by cuDNN's causal kernel, under the rows' own mask as a bias of the scores."""
     T = rows.ids.shape[1]
-    assert implementation != "cudnn" or T % 2 == 0, "cuDNN takes a bias of an even length only"
     seen_BTT = _visible(rows, T)
 
     def kernel(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, mask_BTT: Array) -> Array:

@@ -19,10 +19,11 @@ from jax.sharding import PartitionSpec as P
 from orpo_jax import kernels, packing, sharding
 
 ROW_LENGTH, SLOTS, HEADS, KV_HEADS = 2048, 8, 4, 2
+POLICIES = {"residuals": kernels.saves_residuals, "nothing": jax.checkpoint_policies.nothing_saveable}
 
 
-def program(backend, head_dim, mesh_sizes, window=None, softcap=None, remat=False):
-    """Returns the compiled program of the gradients of q, k, v."""
+def program(backend, head_dim, mesh_sizes, window=None, softcap=None, remat=None):
+    """Returns the compiled program of a loss and the gradients of q, k, v."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
     chips = np.array(chips[:np.prod(mesh_sizes)]).reshape(mesh_sizes)
     mesh = Mesh(chips, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 3)
@@ -34,16 +35,16 @@ def program(backend, head_dim, mesh_sizes, window=None, softcap=None, remat=Fals
     qkv = [jax.ShapeDtypeStruct((num_rows, ROW_LENGTH, heads, head_dim), jnp.bfloat16, sharding=heads_sharding)
            for heads in (HEADS, KV_HEADS, KV_HEADS)]
 
-    def gradients(q, k, v, rows):
+    def loss_and_gradients(q, k, v, rows):
         attend = kernels.row_attention_of(backend, rows, softcap=softcap)
-        # The output is used by what follows it, as a layer's is: its gradient can't do without it.
         layer = lambda *qkv: jnp.square(attend(*qkv, window, None)[0].astype(jnp.float32)).sum()
-        if remat:
-            layer = jax.checkpoint(layer, policy=kernels.saves_residuals)
-        return jax.grad(layer, (0, 1, 2))(q, k, v)
+        if remat is not None:
+            layer = jax.checkpoint(layer, policy=POLICIES[remat])
+        # With the loss, or the forward pass before the one for the gradients would not be needed at all.
+        return jax.value_and_grad(layer, (0, 1, 2))(q, k, v)
 
     with jax.set_mesh(mesh):
-        return jax.jit(gradients).lower(*qkv, rows).compile()
+        return jax.jit(loss_and_gradients).lower(*qkv, rows).compile()
 
 
 def main(backend):
@@ -51,7 +52,8 @@ def main(backend):
              for head_dim in (64, 80, 128, 256) for mesh_sizes in ((1, 1, 1), (1, 2, 2))]
     cases += [dict(head_dim=96, mesh_sizes=(2, 1, 2), window=100),
               dict(head_dim=64, mesh_sizes=(1, 1, 1), softcap=30.0),
-              dict(head_dim=128, mesh_sizes=(1, 2, 2), remat=True)]
+              dict(head_dim=128, mesh_sizes=(1, 2, 2), remat="residuals"),
+              dict(head_dim=128, mesh_sizes=(1, 2, 2), remat="nothing")]
     for case in cases:
         start = time.time()
         text = program(backend, **case).as_text()

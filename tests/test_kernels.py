@@ -56,6 +56,10 @@ def available(backend):
         pytest.importorskip("tokamax")
 
 
+# Compiling is all the time that these tests take.
+compile_fast = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 class Case:
     """Random queries, keys and values of some rows, and a gradient that reaches no padding."""
 
@@ -83,7 +87,7 @@ class Case:
 
     def run(self, backend, window=None):
         rows = jax.tree.map(jnp.asarray, self.rows)
-        return [np.asarray(x, np.float32) for x in jax.jit(self.pull(backend, window))(self.qkv, rows)]
+        return [np.asarray(x, np.float32) for x in compile_fast(self.pull(backend, window))(self.qkv, rows)]
 
 
 def assert_near(got, expected, within=1e-5):
@@ -159,7 +163,7 @@ def test_every_back_end_agrees_with_the_reference(backend, heads, window, head_d
 
 def test_a_window_or_its_lack_shows():
     case = Case()
-    with_window, without = case.run("cudnn", 5), case.run("cudnn")
+    with_window, without = case.run("xla", 5), case.run("xla")
     assert all(np.abs(a - b).max() > 0.1 for a, b in zip(with_window, without, strict=True))
 
 
@@ -168,7 +172,7 @@ def test_a_traced_window_is_a_window(backend):
     available(backend)
     case = Case()
     rows = jax.tree.map(jnp.asarray, case.rows)
-    got = jax.jit(lambda window: case.pull(backend, window)(case.qkv, rows))(jnp.int32(5))
+    got = compile_fast(lambda window: case.pull(backend, window)(case.qkv, rows))(jnp.int32(5))
     assert_near(got, case.run("xla", 5))
 
 
@@ -247,7 +251,7 @@ def test_a_mesh_changes_nothing(backend, heads, mesh_sizes):
     with jax.set_mesh(mesh):
         put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES)))
         qkv, rows = jax.tree.map(put, (case.qkv, case.rows))
-        step = jax.jit(case.pull(backend)).lower(qkv, rows).compile()
+        step = compile_fast(case.pull(backend)).lower(qkv, rows).compile()
         got = step(qkv, rows)
     assert_near([np.asarray(x) for x in got], expected)
     # Each device has its part of the rows, and of the query heads.
@@ -319,7 +323,8 @@ def test_no_kernel_runs_forward_twice(backend, meshed, forward, backward, cudnn_
 
 
 def choose(name, platform, **changes):
-    return kernels.choose(name, platform, **{**dict(head_dim=128, dtype="bfloat16", windows=[None] * 2), **changes})
+    return kernels.choose(name, platform, **{**dict(head_dim=128, dtype="bfloat16", windows=[None] * 2, row_length=64),
+                                             **changes})
 
 
 @pytest.mark.parametrize(("name", "platform", "changes", "backend", "reason"), [
@@ -339,6 +344,7 @@ def choose(name, platform, **changes):
     ("auto", "gpu", dict(windows=[4, None]), "xla", "one window for all layers"),
     ("auto", "gpu", dict(softcap=3.0), "xla", "soft cap"),
     ("auto", "gpu", dict(head_dim=512), "xla", "head dim must be"),
+    ("cudnn_mask", "gpu", dict(row_length=63), "xla", "even"),
     ("splash", "tpu", dict(windows=[4, None]), "xla", "one window for all layers"),
 ], ids=str)
 def test_the_choice_says_why(name, platform, changes, backend, reason, caplog, cudnn_library):
@@ -361,7 +367,8 @@ def test_a_tpu_runs_tokamax_where_it_is_installed(caplog, monkeypatch):
     assert choose("auto", "tpu") == choose("auto", "tpu", windows=[4, None], softcap=3.0) == "tokamax"
     assert not caplog.records
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "tokamax", None)  # an import of it fails
+    # An import of it fails.
+    monkeypatch.setitem(sys.modules, "tokamax._src.ops.experimental.tpu.splash_attention", None)
     assert choose("auto", "tpu") == "splash" and choose("tokamax", "tpu", windows=[4, None]) == "xla"
     first, second = (record.getMessage() for record in caplog.records)
     assert "runs as splash (tokamax: is not installed" in first
@@ -380,15 +387,17 @@ def test_it_compiles_for_a_tpu(backend):
         pytest.skip("needs libtpu")
     root = pathlib.Path(__file__).parents[1]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "",
+           "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, sys.path)])}
     result = subprocess.run([sys.executable, str(root / "tests" / "compile_for_tpu.py"), backend], env=env,
                             capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     programs = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
-    assert len(programs) == 11
+    assert len(programs) == 12
     for program in programs:
         print(program)
-        # One forward, and one or two backward; under jax.checkpoint as well.
-        assert program["kernels"] == {"splash": 3, "tokamax": 2}[backend], program
+        # One forward, and one or two backward; another forward only where jax.checkpoint keeps nothing.
+        again = program.get("remat") == "nothing"
+        assert program["kernels"] == {"splash": 3, "tokamax": 2}[backend] + again, program
         # tokamax lists its blocks by a scatter of a few integers; nothing scatters activations.
         assert program["scatters"] == [] or (backend == "tokamax" and set(program["scatters"]) == {"s32"}), program
