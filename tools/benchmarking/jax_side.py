@@ -4,6 +4,7 @@ The project's step is what `orpo_jax.train` runs, batches made and handed over i
 waited for before the next one's batch is made, so the overlap that a run has is not counted in its favour.
 """
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from flax import nnx
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
 from orpo_jax import config as config_lib
-from orpo_jax import data, head, loss, optim, sharding, weights
+from orpo_jax import data, head, kernels, loss, optim, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
@@ -40,14 +41,17 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     platform = mesh.devices.flat[0].platform
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
     table = as_data(pairs)
-    layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform)
+    attention = kernels.choose("auto", platform, head_dim=arch.spec.head_dim, dtype=settings.dtype,
+                               windows=arch.spec.windows)
+    layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention)
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (data.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 
     optimizer, schedule = make_optimizer(settings, arch)
     shardings = step_lib.state_shardings(weights.abstract_params(arch, jnp.float32, mesh), optimizer, mesh)
-    remat = "full" if system.recompute else "none"
-    model = step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), remat, settings.beta)
+    model = dataclasses.replace(
+        step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), settings.beta, attention),
+        remat="full" if system.recompute else "none")
     train_step = step_lib.make_train_step(model, optimizer, schedule, shardings)
     state = step_lib.initial_state(params, optimizer, shardings)
 
