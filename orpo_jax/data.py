@@ -379,6 +379,11 @@ class Layout:
     def slots(self, num_micro: Sequence[int]) -> int:
         return sum(n * self.rows * length for n, length in zip(num_micro, self.row_lengths, strict=True))
 
+    def cost(self, steps: Iterable[np.ndarray]) -> int:
+        """Returns the positions that each device computes over such steps, and what their micro-batches cost beside."""
+        counts = [self.num_micro(self.plan(step)) for step in steps]
+        return sum(self.slots(count) // self.num_shards + MICRO_BATCH_COST * sum(count) for count in counts)
+
     def fill(self, steps: Iterable[np.ndarray]) -> float:
         """Returns which share of the computed positions holds tokens, over steps of pairs of these sizes."""
         steps = list(steps)
@@ -386,11 +391,18 @@ class Layout:
             max(self.slots(self.num_micro(self.plan(step))), 1) for step in steps)
 
 
-# Positions of one micro-batch on one accelerator: enough for efficient matmuls. On a CPU a single row is.
-MICRO_BATCH_TOKENS = 4096
-# Pairs that layouts are tried on, and how much of the best fill is given up for shorter rows or larger micro-batches.
+# Row lengths are multiples of this: of a TPU's tiles on accelerators, of a vector on CPU.
+ROW_UNIT, CPU_ROW_UNIT = 128, 64
+# Positions of one micro-batch on one device, at most: its activations must fit.
+MICRO_BATCH_TOKENS = {"cpu": 2048}
+MICRO_BATCH_TOKENS_ELSEWHERE = 4096
+# What a micro-batch costs beside its positions, in positions. Gradients are zeroed, written and added, 20 bytes a
+# weight; a position takes 6 FLOPs a weight. On two CPU cores (8 GB/s, 250 GFLOP/s) that makes 100 positions, and by
+# their data sheets about 400 on an H100 or a v5e.
+MICRO_BATCH_COST = 128
+# Pairs that layouts are tried on, and how much more than the best a layout may cost that is simpler.
 SAMPLE_PAIRS = 2048
-FILL_SLACK = 0.02
+SLACK = 0.02
 # With train.rows_per_step: pairs that are packed together, and tokens of a row. 1,024 pairs fill 99 % of such rows.
 PACKING_BUFFER = 1024
 FULL_ROW_LENGTH = 2048
@@ -400,12 +412,12 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 platform: str, rows_per_step: int | None = None, attention: str = "xla") -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
-    Of the row lengths and rows per device that are 'auto' it takes those that fill the rows of sample steps best:
-    where a shard has few pairs, rows of one length would leave half of the last micro-batch empty.
+    Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard
+    has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty.
     """
     sizes = pairs.sizes(config.share_prompt)
     lengths, expanded = sizes[:, 0], sizes[:, 2]
-    unit = 64 if platform == "cpu" else 128
+    unit = CPU_ROW_UNIT if platform == "cpu" else ROW_UNIT
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
     longest = int(lengths.max())
     if config.row_length == "auto" and rows_per_step is not None:
@@ -437,7 +449,8 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
             elif attention == "splash":
                 expanded_length = round_up(max(1.05 * top * expanded.mean() / lengths.mean(), expanded.max()))
-            most = 1 if platform == "cpu" else max(1, min(MICRO_BATCH_TOKENS // top, -(-steps_rows // num_shards)))
+            most = MICRO_BATCH_TOKENS.get(platform, MICRO_BATCH_TOKENS_ELSEWHERE) // top
+            most = max(1, min(most, -(-steps_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
                 yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, steps_rows,
                              config.share_prompt)
@@ -447,10 +460,11 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         return layouts[0]
     sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
-    fills = [layout.fill(steps) for layout in layouts]
-    good = [layout for layout, fill in zip(layouts, fills, strict=True) if fill >= max(fills) - FILL_SLACK]
-    # One program has a loop for each length: few of them compile fast.
-    return min(good, key=lambda layout: (len(layout.row_lengths), layout.row_lengths[-1], -layout.rows_per_device))
+    costs = [layout.cost(steps) for layout in layouts]
+    good = [layout for layout, cost in zip(layouts, costs, strict=True) if cost <= min(costs) * (1 + SLACK)]
+    # Few lengths make a program that compiles fast, short rows take little memory.
+    return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],
+                                         layout.row_lengths[-1]))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, C tokens of a chunk, D model, V vocabulary, S pair slo
 """
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -105,21 +106,26 @@ def _on_mesh(settings: Settings, wanted: Wanted, hidden_BTD: Array, weight_VD: A
     if mesh.empty:
         return _rows(settings, wanted, None, hidden_BTD, weight_VD.astype(hidden_BTD.dtype), bias_V, rows, counts)
     weight_spec = weight_sharding(mesh, "unembed", "vd", weight_VD.shape).spec
-    vocab_axis, model_axis = weight_spec
-    by_row, by_word = P(BATCH_AXES), P(vocab_axis)
+    # An axis of one device needs no collective, and XLA on CPU would copy for it.
+    vocab_axis, model_axis = (axis if axis is not None and mesh.shape[axis] > 1 else None for axis in weight_spec)
+    row_axes = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
+    by_row, by_word = P(BATCH_AXES), P(weight_spec[0])
+
+    def summed(x: Any, axes: Sequence[str]) -> Any:
+        return jax.lax.psum(x, tuple(axes)) if axes else x
 
     def on_device(hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows, counts: Counts) -> Any:
-        whole_VD = jax.lax.all_gather(weight_VD.astype(hidden_BTD.dtype), model_axis, axis=1, tiled=True)
-        result, (dhidden_BTD, dweight_VD, dbias_V) = _rows(settings, wanted, vocab_axis, hidden_BTD, whole_VD, bias_V,
+        weight_VD = weight_VD.astype(hidden_BTD.dtype)
+        if model_axis is not None:
+            weight_VD = jax.lax.all_gather(weight_VD, model_axis, axis=1, tiled=True)
+        result, (dhidden_BTD, dweight_VD, dbias_V) = _rows(settings, wanted, vocab_axis, hidden_BTD, weight_VD, bias_V,
                                                            rows, counts)
-        if dweight_VD is not None:
+        if vocab_axis is not None:
+            dhidden_BTD = summed(dhidden_BTD, [vocab_axis])
+        if dweight_VD is not None and model_axis is not None:
             dweight_VD = jax.lax.psum_scatter(dweight_VD, model_axis, scatter_dimension=1, tiled=True)
-            dweight_VD = jax.lax.psum(dweight_VD, [axis for axis in BATCH_AXES if axis != model_axis])
-        if dbias_V is not None:
-            dbias_V = jax.lax.psum(dbias_V, BATCH_AXES)
-        if dhidden_BTD is not None and vocab_axis is not None:
-            dhidden_BTD = jax.lax.psum(dhidden_BTD, vocab_axis)
-        return jax.lax.psum(result, BATCH_AXES), (dhidden_BTD, dweight_VD, dbias_V)
+        dweight_VD = summed(dweight_VD, [axis for axis in row_axes if axis != model_axis])
+        return summed(result, row_axes), (dhidden_BTD, dweight_VD, summed(dbias_V, row_axes))
 
     # check_vma=False: it would ask for a cast of each number that is the same on all devices.
     return jax.shard_map(on_device, mesh=mesh, in_specs=(by_row, weight_spec, by_word, by_row, P()),
@@ -134,7 +140,7 @@ def _rows(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_BTD
         part, dhidden_TD, dweights = _row(settings, wanted, vocab_axis, *row, weight_VD, bias_V, counts, dweights)
         return dweights, (part, dhidden_TD)
 
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) if want else None
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) if x is not None and want else None
                   for x, want in ((weight_VD, wanted.weight), (bias_V, wanted.bias)))
     dweights, (parts, dhidden_BTD) = jax.lax.scan(one_row, zeros, (hidden_BTD, rows))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts), (dhidden_BTD, *dweights)
@@ -144,8 +150,9 @@ def _row(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_TD: 
          bias_V: Array | None, counts: Counts, dweights: Any) -> tuple[Any, Array | None, Any]:
     """Returns a row's loss and sums, the gradient of its hidden states, and `dweights` with its part added."""
     num_words = weight_VD.shape[0]
+    first: Any = 0
     if vocab_axis is None:
-        first, across, largest = jnp.zeros((), jnp.int32), lambda x: x, lambda x: x
+        across, largest = lambda x: x, lambda x: x
     else:
         first, num_words = jax.lax.axis_index(vocab_axis) * num_words, num_words * jax.lax.axis_size(vocab_axis)
         across, largest = partial(jax.lax.psum, axis_name=vocab_axis), partial(jax.lax.pmax, axis_name=vocab_axis)

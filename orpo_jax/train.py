@@ -142,6 +142,7 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
     attention = kernels.choose(config.model.attention, platform, head_dim=arch.spec.head_dim, dtype=dtype,
+                               row_length=data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length,
                                windows=arch.spec.windows)
 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None

@@ -42,7 +42,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
     table = as_data(pairs)
     attention = kernels.choose("auto", platform, head_dim=arch.spec.head_dim, dtype=settings.dtype,
-                               windows=arch.spec.windows)
+                               row_length=data.ROW_UNIT, windows=arch.spec.windows)
     layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention)
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (data.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
