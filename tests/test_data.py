@@ -377,7 +377,7 @@ def test_every_batch_fits_its_layout(pretrained, changes):
 
 @pytest.mark.parametrize("seed", [None, 0])
 def test_steps_of_full_rows_take_every_pair_once_an_epoch(pretrained, seed):
-    batches = make_batches(pretrained, count=200, rows_per_step=3, seed=seed, row_length=256)
+    batches = make_batches(pretrained, count=200, rows_per_step=3, rows_per_device=3, seed=seed, row_length=256)
     for epoch in range(3):
         first = sum(map(batches.num_steps, range(epoch)))
         steps = [batches.members(first + i) for i in range(batches.num_steps(epoch))]
