@@ -424,7 +424,7 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         # Which pairs a step takes follows from it: the same on every machine.
         tops = {max(FULL_ROW_LENGTH, -(-longest // 128) * 128)}
     elif config.row_length == "auto":
-        tops = {round_up(longest * (1 + i / 8)) for i in range(13 if config.packing else 1)}
+        tops = {round_up(longest * (1 + i / 16)) for i in range(17 if config.packing else 1)}
     else:
         if longest > config.row_length:
             raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got "

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from test_data import ultrafeedback_like
 
+from benchmarking.pairs import lengths
 from orpo_jax import attention, flops, head, loss, packing, weights
 from orpo_jax.families import architecture
 from orpo_jax.preference import make_pair
@@ -29,9 +29,9 @@ def arch():
 
 @pytest.fixture(scope="module")
 def pairs():
-    lengths = np.maximum(2, (SCALE * ultrafeedback_like(PAIRS)).astype(int))
     sequence = lambda n: np.zeros(n, np.int32)
-    return [make_pair(sequence(p + c), sequence(p + r), p, p) for p, c, r in lengths.tolist()]
+    return [make_pair(sequence(p + c), sequence(p + r), p, p)
+            for p, c, r in lengths("ultrafeedback", PAIRS, SCALE).tolist()]
 
 
 def compiled_flops(arch, loss_of_hidden, ids, positions, attend):

@@ -21,7 +21,8 @@ from orpo_jax import config as config_lib
 from orpo_jax import convert, train
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIME_FIELDS = ("tokens_per_second", "pairs_per_second", "eval_runtime", "peak_memory_gb")
+TIME_FIELDS = ("tokens_per_second", "pairs_per_second", "eval_runtime", "peak_memory_gb", "data_wait_seconds",
+               "mfu")
 
 
 def settings(folder, model, **changes):
