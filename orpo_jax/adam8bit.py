@@ -101,7 +101,6 @@ def scale_by_adam_in_blocks(b1: float, b2: float, eps: float) -> optax.GradientT
         count = jnp.asarray(optax.safe_increment(state.count))
         unbiased_1, unbiased_2 = 1 - b1**count, 1 - b2**count
 
-
         m = jax.tree.map(lambda g, mu: b1 * decode(mu) + (1 - b1) * g, grads, state.mu)
         v = jax.tree.map(lambda g, nu: b2 * jnp.square(decode(nu)) + (1 - b2) * jnp.square(g), grads, state.nu)
         directions = jax.tree.map(lambda m, v: m / unbiased_1 / (jnp.sqrt(v / unbiased_2) + eps), m, v)

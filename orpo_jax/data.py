@@ -335,9 +335,13 @@ class StepBatch(NamedTuple):
 
 
 class BatchInfo(NamedTuple):
-    tokens: int  # positions that hold a token
     slots: int  # positions computed
-    branches: np.ndarray  # [pairs, 3], positions of each trunk, and of each chosen and rejected sequence with it
+    branches: np.ndarray  # [pairs, 3], as packing.branch_lengths returns them
+
+    @property
+    def tokens(self) -> int:
+        """Positions that hold a token."""
+        return int((self.branches @ (-1, 1, 1)).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,8 +398,7 @@ class Layout:
 # Row lengths are multiples of this: of a TPU's tiles on accelerators, of a vector on CPU.
 ROW_UNIT, CPU_ROW_UNIT = 128, 64
 # Positions of one micro-batch on one device, at most: its activations must fit.
-MICRO_BATCH_TOKENS = {"cpu": 2048}
-MICRO_BATCH_TOKENS_ELSEWHERE = 4096
+MICRO_BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS = 4096, 2048
 # What a micro-batch costs beside its positions, in positions. Gradients are zeroed, written and added, 20 bytes a
 # weight; a position takes 6 FLOPs a weight. On two CPU cores (8 GB/s, 250 GFLOP/s) that makes 100 positions, and by
 # their data sheets about 400 on an H100 or a v5e.
@@ -417,12 +420,13 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     """
     sizes = pairs.sizes(config.share_prompt)
     lengths, expanded = sizes[:, 0], sizes[:, 2]
-    unit = CPU_ROW_UNIT if platform == "cpu" else ROW_UNIT
+    on_cpu = platform == "cpu"
+    unit = CPU_ROW_UNIT if on_cpu else ROW_UNIT
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
     longest = int(lengths.max())
     if config.row_length == "auto" and rows_per_step is not None:
         # Which pairs a step takes follows from it: the same on every machine.
-        tops = {max(FULL_ROW_LENGTH, -(-longest // 128) * 128)}
+        tops = {max(FULL_ROW_LENGTH, -(-longest // ROW_UNIT) * ROW_UNIT)}
     elif config.row_length == "auto":
         tops = {round_up(longest * (1 + i / 16)) for i in range(17 if config.packing else 1)}
     else:
@@ -434,7 +438,7 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     shares = lambda top, n: np.arange(1, n) * top / n if config.packing else np.quantile(lengths, np.arange(1, n) / n)
     row_lengths = sorted({tuple(sorted({*map(round_up, shares(top, n)), top})) for top in tops
                           for n in ((1, 2, 4) if config.row_length == "auto" and rows_per_step is None else (1,))})
-    steps_rows = rows_per_step or batch_size
+    step_rows = rows_per_step or batch_size
 
     def candidates() -> Iterator[Layout]:
         branch_length = round_up(pairs.sequence_lengths().max() - 1)
@@ -449,10 +453,10 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
             elif attention == "splash":
                 expanded_length = round_up(max(1.05 * top * expanded.mean() / lengths.mean(), expanded.max()))
-            most = MICRO_BATCH_TOKENS.get(platform, MICRO_BATCH_TOKENS_ELSEWHERE) // top
-            most = max(1, min(most, -(-steps_rows // num_shards)))
+            most = (CPU_MICRO_BATCH_TOKENS if on_cpu else MICRO_BATCH_TOKENS) // top
+            most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, steps_rows,
+                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
                              config.share_prompt)
 
     layouts = list(candidates())
@@ -550,10 +554,8 @@ class Batches:
         count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.
         counts = Counts(*(np.float32(count(weights) or 1) for weights in ("nll_weights", "pair_weights")))
-        branches = np.array([[packing.trunk_length(p.shared, layout.share_prompt), len(p.chosen_ids) - 1,
-                              len(p.rejected_ids) - 1] for p in pairs.values()])
-        return StepBatch(tuple(groups), counts), BatchInfo(
-            int(self._sizes[list(pairs), 0].sum()), layout.slots(layout.num_micro(plan)), branches)
+        branches = packing.branch_lengths(pairs.values(), layout.share_prompt)
+        return StepBatch(tuple(groups), counts), BatchInfo(layout.slots(layout.num_micro(plan)), branches)
 
 
 def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:

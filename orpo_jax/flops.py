@@ -1,17 +1,19 @@
 """Useful work of a step, for `mfu`: what the model asks for, not what padding, masking or recomputation add."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
+from orpo_jax.families import Architecture
 from orpo_jax.model import Spec
 
-# Dense bfloat16 FLOP/s of one chip (not of one core), by a part of its `device_kind`. Sources: Google Cloud's pages of
-# TPU v4, v5e, v5p and v6e; NVIDIA's data sheets of A100, H100 SXM, H200 and B200.
+# Dense bfloat16 FLOP/s of one chip (not of one core), by a part of its name: the first that fits. Sources: Google
+# Cloud's pages of TPU v4, v5e, v5p and v6e; NVIDIA's data sheets.
 PEAK_FLOPS = {"v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v6 lite": 918e12, "v6e": 918e12,
-              "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
+              "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12,
+              "L4": 121e12}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -19,10 +21,11 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if name in device_kind), None)
 
 
-def matmul_weights(spec: Spec, params: Any) -> int:
+def matmul_weights(arch: Architecture) -> int:
     """Returns how many weights each token is multiplied with: the layers' matrices, and the head's even if tied."""
-    matrices = [leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim > 2]
-    return sum(leaf.size for leaf in matrices) + spec.vocab_size * spec.d_model
+    spec = arch.spec
+    matrices = [weight for weight in arch.table if weight.decays and weight.path not in ("embed", "unembed")]
+    return sum(math.prod(weight.shape(spec.sizes)) for weight in matrices) + spec.vocab_size * spec.d_model
 
 
 def attended(lengths: Any, window: int | None) -> Any:
@@ -31,16 +34,21 @@ def attended(lengths: Any, window: int | None) -> Any:
     return full * (full + 1) // 2 + (lengths - full) * full
 
 
-def step_flops(spec: Spec, weights: int, branches: np.ndarray) -> float:
+def visible_keys(branches: np.ndarray, window: int | None) -> int:
+    """Returns the (query, key) pairs of pairs that share their trunk; branches as packing.branch_lengths has them."""
+    trunk, chosen, rejected = (attended(lengths, window).sum() for lengths in branches.T)
+    return int(chosen + rejected - trunk)
+
+
+def step_flops(arch: Architecture, branches: np.ndarray) -> float:
     """Returns the FLOPs of a forward and a backward pass over pairs that share their trunk.
 
-    branches: [pairs, 3], positions of the trunk, and of the chosen and the rejected sequence with it. A multiply and an
-    add per weight and token, and of scores and values per head, query and key; twice that again for the gradients.
+    A multiply and an add per weight and token, and of scores and values per head, query and key; twice that again for
+    the gradients.
     """
-    trunk, chosen, rejected = branches.T
-    return flops_of(spec, weights, int((chosen + rejected - trunk).sum()), (
-        int((attended(chosen, window) + attended(rejected, window) - attended(trunk, window)).sum())
-        for window in spec.windows))
+    tokens = int((branches @ (-1, 1, 1)).sum())
+    return flops_of(arch.spec, matmul_weights(arch), tokens, (
+        visible_keys(branches, window) for window in arch.spec.windows))
 
 
 def flops_of(spec: Spec, weights: int, tokens: int, attended_L: Iterable[int]) -> float:

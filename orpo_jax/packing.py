@@ -51,6 +51,12 @@ def pair_length(chosen_length: Any, rejected_length: Any, shared: Any, share_pro
     return chosen_length + rejected_length - 2 - trunk_length(shared, share_prompt)
 
 
+def branch_lengths(pairs: Iterable[Pair], share_prompt: bool) -> np.ndarray:
+    """Returns the positions of each pair's trunk, and of its chosen and rejected branch with it, [pairs, 3]."""
+    return np.array([[trunk_length(pair.shared, share_prompt), len(pair.chosen_ids) - 1, len(pair.rejected_ids) - 1]
+                     for pair in pairs])
+
+
 def pack(sizes_PC: np.ndarray, capacity_C: Sequence[int]) -> list[list[int]]:
     """Returns the pairs of each row: best fit decreasing, the same on every host.
 

@@ -228,6 +228,7 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
 
     if start == 0 and config.eval.eval_on_start:
         evaluate_all(job, state, record, 0, sinks)
+
     def make(step: int) -> tuple[data.StepBatch, data.BatchInfo]:
         batch, info = batches.batch(step - 1)
         return data.to_devices(batch, job.mesh), info
@@ -280,11 +281,10 @@ def compile_step(job: Job) -> Callable:
 
 def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:
     """Returns a step's useful share of a second of all devices at their peak; None where the peak is not known."""
-    device, spec = job.mesh.devices.flat[0], job.arch.spec
-    peak, weights = flops.peak_flops(device.device_kind), flops.matmul_weights(spec, job.params)
+    peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind)
     if peak is None or job.model.dtype != jnp.bfloat16:
         return None
-    return lambda info: flops.step_flops(spec, weights, info.branches) / (peak * job.mesh.size)
+    return lambda info: flops.step_flops(job.arch, info.branches) / (peak * job.mesh.size)
 
 
 def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bool:

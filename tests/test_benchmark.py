@@ -10,7 +10,7 @@ import pytest
 
 import benchmark
 from benchmarking import attention_check, models, pairs, report, systems
-from orpo_jax import attention, packing
+from orpo_jax import attention, flops, packing
 from orpo_jax.families import architecture, read_config
 
 
@@ -63,13 +63,14 @@ def test_useful_flops_are_those_of_the_rows(settings):
     rows = packing.build_rows([packing.Pair(*pair) for pair in some], [[*range(6)]], num_rows=1, row_length=1024,
                               max_pairs=6, share_prompt=True, nll_scope="sequence", nll_reduction="token")
     end = int(rows.bounds[..., 3].max())
-    assert sum(map(models.shared_tokens, some)) == end
+    branches = packing.branch_lengths(some, share_prompt=True)
+    assert (branches @ (-1, 1, 1)).sum() == end
     k, q = np.mgrid[:end, :end]
-    assert sum(map(models.visible_keys, some)) == ((k <= q) & (q < rows.q_end[0, :end, None])).sum()
+    assert flops.visible_keys(branches, None) == ((k <= q) & (q < rows.q_end[0, :end, None])).sum()
     arch = architecture(read_config(pathlib.Path(settings.model)), 64)
     spec = arch.spec
     by_hand = spec.num_layers * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48) + 512 * 32
-    assert models.matmul_weights(arch) == by_hand
+    assert flops.matmul_weights(arch) == by_hand
 
 
 def test_trls_layout_in_jax_has_the_same_loss(settings, ours):
@@ -109,7 +110,7 @@ def test_a_run_is_timed_and_counted(settings, ours):
     assert len(ours["seconds"]) == len(ours["computed_tokens"]) == settings.steps
     assert ours["first_seconds"] > 0 and ours["peak_bytes"] > 2**20
     step = pairs.load(settings.pairs_file)
-    assert sum(map(models.shared_tokens, step)) <= ours["computed_tokens"][0]
+    assert (packing.branch_lengths(step, share_prompt=True) @ (-1, 1, 1)).sum() <= ours["computed_tokens"][0]
 
 
 WORK = report.Work(pairs=10, tokens=[100, 300], flops_per_pair=5.0, peak_flops=100.0)

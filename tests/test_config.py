@@ -357,7 +357,7 @@ def test_the_resolved_config_is_frozen():
 ORDER = [
     "config", "packing", "loss", "sharding", "rope", "card", "adam8bit",
     "attention", "kernels", "head", "model", "preference", "optim", "checkpoint", "metrics",
-    "flops", "families", "generate", "pretrained", "data", "evaluate", "rundir",
+    "families", "flops", "generate", "pretrained", "data", "evaluate", "rundir",
     "weights", "step", "api",
     "train", "convert",
 ]

@@ -96,9 +96,7 @@ def test_useful_work_is_what_the_compiler_counts(arch):
     counted = compiled_flops(arch, lambda logits: logps_of(logits, ids).mean(), ids,
                              jnp.broadcast_to(jnp.arange(T), ids.shape), attend)
     spec = arch.spec
-    sizes = weights.abstract_params(arch, jnp.float32, jax.make_mesh(
-        (1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1]))
-    formula = flops.flops_of(spec, flops.matmul_weights(spec, sizes), B * T, [B * T * T] * spec.num_layers)
+    formula = flops.flops_of(spec, flops.matmul_weights(arch), B * T, [B * T * T] * spec.num_layers)
     print(f"formula {formula / 1e9:.2f} GFLOP, compiler {counted / 1e9:.2f}: {formula / counted:.3f}")
     assert formula == pytest.approx(counted, rel=0.02)
 
@@ -111,11 +109,11 @@ def test_attended_pairs_are_counted_one_by_one(window):
 
 
 def test_a_shared_trunk_is_work_once(arch):
-    one = functools.partial(flops.step_flops, arch.spec, 1000)
+    one = functools.partial(flops.step_flops, arch)
     trunk, chosen, rejected = 20, 50, 70
     together = one(np.array([[trunk, chosen, rejected]]))
     apart = one(np.array([[0, chosen, 0]])) + one(np.array([[0, rejected, 0]])) - one(np.array([[0, trunk, 0]]))
-    assert together == apart > 6 * 1000 * (chosen + rejected - trunk)
+    assert together == apart > 6 * flops.matmul_weights(arch) * (chosen + rejected - trunk)
 
 
 def test_peaks_are_found_by_the_names_of_devices():

@@ -19,7 +19,7 @@ Columns
 - tokens/s: of both sequences of every pair, the same tokens for all. computed: positions that were in fact computed;
   padding adds to them, and a prompt that is computed once takes off.
 - FLOP/pair: as the compiler counts, or '-' where its count is not the step's (jax_side.compiler_flops). MFU: the FLOPs
-  that the pairs need, nothing computed twice (models.useful_flops), over the chip's peak; a CPU's peak is a float32
+  that the pairs need, nothing computed twice (flops.step_flops), over the chip's peak; a CPU's peak is a float32
   matrix product measured before the runs.
 - peak GiB: of the process on CPU (with the model's files read and the libraries), of the device's allocator on GPUs.
 - first step s: the first step, compilation included.
@@ -44,12 +44,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarking import models, report
 from benchmarking import pairs as pairs_lib
 from benchmarking.systems import SYSTEMS, Result, Settings
 from orpo_jax import config as config_lib
-from orpo_jax import data
+from orpo_jax import data, flops, packing
 from orpo_jax.families import Architecture, architecture, read_config
 from orpo_jax.pretrained import open_pretrained
 
@@ -63,8 +64,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 LARGEST_SYSTEMS = ("orpo_jax packed+shared", "orpo_jax packed+shared, recompute", "torch TRL, recompute",
                    "torch Liger, recompute")
-# Dense bfloat16 FLOPs per second, from the makers' data sheets.
-PEAKS = {"H200": 989.4e12, "H100 PCIe": 756e12, "H100": 989.4e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED|OutOfMemory|MemoryError", re.IGNORECASE)
 
 
@@ -149,19 +148,24 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path, shape: str) -> Setti
     return Settings(str(model), str(folder / "pairs.npz"), rows=args.rows or "auto", **same)
 
 
+def branches(pairs: Sequence[pairs_lib.Pair]) -> np.ndarray:
+    """Returns what packing.branch_lengths does, of pairs that share their prompts."""
+    return packing.branch_lengths([packing.Pair(*pair) for pair in pairs], share_prompt=True)
+
+
 def make_work(settings: Settings, arch: Architecture) -> report.Work:
     """Returns what the pairs of the timed steps hold, and the machine's peak."""
     timed = pairs_lib.load(pathlib.Path(settings.pairs_file))[settings.warmup * settings.pairs:]
     steps = [timed[i:i + settings.pairs] for i in range(0, len(timed), settings.pairs)]
+    work = flops.step_flops(arch, branches(timed))
     return report.Work(settings.pairs, [sum(len(ids) for pair in step for ids in pair[:2]) for step in steps],
-                       models.useful_flops(arch, timed) / len(timed), peak_flops(settings))
+                       work / len(timed), peak_flops(settings))
 
 
 def peak_flops(settings: Settings) -> float | None:
     """Returns the FLOPs per second that the machine can do in this type: measured on CPU, of the data sheet on GPUs."""
     if settings.device == "gpu":
-        fits = [peak for name, peak in PEAKS.items() if name in gpu_name() and settings.dtype == "bfloat16"]
-        return fits[0] if fits else None
+        return flops.peak_flops(gpu_name()) if settings.dtype == "bfloat16" else None
     x, product, seconds = jnp.ones((2048, 2048)), jax.jit(jnp.dot), []
     for _ in range(12):  # the first compiles
         start = time.perf_counter()
@@ -245,8 +249,8 @@ def find_largest(args: argparse.Namespace, names: Sequence[str], folder: pathlib
     def by_micro() -> Iterator[tuple[str, Settings]]:
         settings = prepare(args, folder / "micro", args.model)
         pairs = pairs_lib.load(pathlib.Path(settings.pairs_file))
-        longest = max(map(models.shared_tokens, pairs))
-        per_row = max(1.0, longest / (sum(map(models.shared_tokens, pairs)) / len(pairs)))
+        positions = branches(pairs) @ (-1, 1, 1)
+        per_row = max(1.0, positions.max() / positions.mean())
         micro = args.micro
         while micro <= args.pairs:
             rows = max(1, round(micro / per_row))  # about as many pairs

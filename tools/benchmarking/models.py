@@ -1,14 +1,11 @@
 """The named model shapes, written as random weights in Hugging Face format, and the work that training one needs."""
 
 import json
-import math
 import pathlib
-from collections.abc import Sequence
 from typing import Any
 
-from benchmarking.pairs import Pair
 from orpo_jax import weights
-from orpo_jax.families import Architecture, architecture
+from orpo_jax.families import architecture
 
 
 def _llama(vocab: int, d: int, layers: int, heads: int, kv: int, head: int, mlp: int, **more: Any) -> dict[str, Any]:
@@ -48,37 +45,3 @@ def write_model(name: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     names = {hf: "bfloat16" for weight in arch.table for hf in weights.hf_names(weight, arch.spec.num_layers)}
     weights.save_params(weights.random_params(arch, seed, config["hidden_size"]**-0.5), arch, folder, names)
     return folder
-
-
-def matmul_weights(arch: Architecture) -> int:
-    """Returns how many weights each token is multiplied by: all matrices, of the tables only the head's."""
-    count, sizes = 0, arch.spec.sizes
-    for weight in arch.table:
-        if weight.decays and weight.path not in ("embed", "unembed"):
-            count += math.prod(weight.shape(sizes))
-    return count + arch.spec.vocab_size * arch.spec.d_model
-
-
-def shared_tokens(pair: Pair) -> int:
-    """Returns the positions of a pair whose shared prompt is computed once (packing.py)."""
-    trunk = max(pair.shared, 1) - 1
-    return len(pair.chosen_ids) + len(pair.rejected_ids) - 2 - trunk
-
-
-def visible_keys(pair: Pair) -> float:
-    """Returns how many (query, key) pairs the attention of a pair has, its shared prompt computed once."""
-    triangle = lambda n: n * (n + 1) / 2
-    trunk = max(pair.shared, 1) - 1
-    return sum(triangle(len(ids) - 1) for ids, _ in pair.sequences) - triangle(trunk)
-
-
-def useful_flops(arch: Architecture, pairs: Sequence[Pair]) -> float:
-    """Returns the FLOPs that one training step over the pairs needs, forward and backward, nothing computed twice.
-
-    6 per matmul weight and token, and 12 N H per layer and visible key: a multiplication and an addition, in the
-    scores and in the sum of values, forward and twice backward. Sliding windows are not taken off.
-    """
-    tokens, keys = (sum(map(count, pairs)) for count in (shared_tokens, visible_keys))
-    spec = arch.spec
-    return 6 * matmul_weights(arch) * tokens + 12 * spec.num_heads * spec.head_dim * spec.num_layers * keys
-
