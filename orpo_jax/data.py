@@ -179,9 +179,11 @@ class Pairs(Sequence[Pair]):
         return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
 
     def sizes(self, share_prompt: bool) -> np.ndarray:
-        """Returns what each pair takes of a row, [pairs, 3]: positions, slots, and positions of its whole branches."""
+        """Returns what each pair takes of a row, [pairs, 4]: a Room of each."""
         lengths = self.lengths(share_prompt)
-        return np.stack([lengths, np.ones_like(lengths), self.lengths(share_prompt=False)], axis=1)
+        prompts = np.stack([self._prompt[side][self.keep] for side in ("chosen", "rejected")], axis=1)
+        scored = (self.sequence_lengths() - np.maximum(prompts, 1)).sum(axis=1)
+        return np.stack(Room(lengths, np.ones_like(lengths), self.lengths(share_prompt=False), scored), axis=1)
 
     def digest(self) -> str:
         """Returns a hash of the token ids themselves: a run that goes on must see the same, wherever they come from."""
@@ -344,6 +346,15 @@ class BatchInfo(NamedTuple):
         return int((self.branches @ (-1, 1, 1)).sum())
 
 
+class Room(NamedTuple):
+    """What a row has, and a pair takes."""
+
+    positions: Any
+    pairs: Any
+    expanded: Any  # positions of whole branches, each with its trunk, for kernels that want them so
+    scored: Any  # positions that predict a response's token
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The shapes of every batch of a run: one compiled program serves them all."""
@@ -351,11 +362,13 @@ class Layout:
     row_lengths: tuple[int, ...]  # rising; a compiled loop for each
     rows_per_device: int
     num_shards: int
-    max_pairs: int  # slots of a row
+    max_pairs: int  # slots of the longest row
     branch_length: int  # positions of the longest branch with its trunk
-    expanded_length: int  # positions of a row's branches, each with its trunk, for kernels that want them so
+    expanded_length: int  # Room.expanded of the longest row
+    scored_length: int | None  # Room.scored of the longest row; None: every position is scored
     max_rows: int  # rows that a step may need
     share_prompt: bool
+    packing: bool
 
     @property
     def rows(self) -> int:
@@ -363,18 +376,46 @@ class Layout:
         return self.rows_per_device * self.num_shards
 
     @property
-    def max_micro(self) -> int:
-        return -(-self.max_rows // self.rows)
+    def max_micro(self) -> tuple[int, ...]:
+        """Micro-batches that a step may need of each length."""
+        most = -(-self.max_rows // self.rows)
+        return (*(1 if self.packing else most for _ in self.row_lengths[1:]), most)
+
+    def room(self, row_length: int) -> Room:
+        """Returns what a row of one of the lengths has: its share of the longest row's, and all that one pair takes."""
+        share = lambda whole, unit: -(-whole * row_length // (self.row_lengths[-1] * unit)) * unit
+        scored = row_length if self.scored_length is None else min(share(self.scored_length, CPU_ROW_UNIT), row_length)
+        return Room(row_length, share(self.max_pairs, 1), min(self.expanded_length, 2 * row_length), scored)
 
     def plan(self, sizes: np.ndarray) -> list[list[list[int]]]:
-        """Returns the rows of each length as lists of pairs: a row has the shortest length that holds its pairs.
+        """Returns the rows of each length as lists of pairs: of what holds them all, the fewest positions.
 
-        sizes: [pairs, 3], as Pairs.sizes returns them.
+        sizes: [pairs, 4], as Pairs.sizes returns them.
         """
-        rows = packing.pack(sizes, (self.row_lengths[-1], self.max_pairs, self.expanded_length))
-        group_of = np.searchsorted(self.row_lengths, [sizes[row, 0].sum() for row in rows])
-        return [[row for row, at in zip(rows, group_of, strict=True) if at == group]
-                for group in range(len(self.row_lengths))]
+        for num_micro in self._proposals(sizes):
+            counts = [n * self.rows for n in num_micro]
+            rooms = np.repeat(np.array([self.room(length) for length in self.row_lengths]), counts, axis=0)
+            rows = packing.pack(sizes, rooms)
+            if rows is not None:
+                return [rows[sum(counts[:i]):sum(counts[:i + 1])] for i in range(len(counts))]
+        raise AssertionError("a pair is longer than the longest row")
+
+    def _proposals(self, sizes: np.ndarray) -> Iterator[Sequence[int]]:
+        """Yields micro-batches of each length, from the fewest positions on, the last one with a row for each pair.
+
+        Packed, a step is so many micro-batches of the longest rows, and one of shorter rows for what is left: every
+        shard has the same rows, and without those a whole row of each would be lost to the rounding.
+        """
+        if not self.packing:
+            counts = np.bincount(np.searchsorted(self.row_lengths, sizes[:, 0]), minlength=len(self.row_lengths))
+            yield [-(-count // self.rows) for count in counts.tolist()]
+            return
+        rooms, need = [np.array(self.room(length)) for length in self.row_lengths], sizes.sum(axis=0)
+        for full in range(int((need // (self.rows * rooms[-1])).max()), -(-len(sizes) // self.rows) + 1):
+            for tail in range(-1, len(rooms) - 1):
+                room = full * rooms[-1] + (rooms[tail] if tail >= 0 else 0)
+                if (self.rows * room >= need).all():
+                    yield [int(i == tail) for i in range(len(rooms) - 1)] + [full]
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
         """Returns the micro-batches of each length; each gives every shard the same number of rows."""
@@ -383,10 +424,12 @@ class Layout:
     def slots(self, num_micro: Sequence[int]) -> int:
         return sum(n * self.rows * length for n, length in zip(num_micro, self.row_lengths, strict=True))
 
-    def cost(self, steps: Iterable[np.ndarray]) -> int:
-        """Returns the positions that each device computes over such steps, and what their micro-batches cost beside."""
-        counts = [self.num_micro(self.plan(step)) for step in steps]
-        return sum(self.slots(count) // self.num_shards + MICRO_BATCH_COST * sum(count) for count in counts)
+    def cost(self, steps: Iterable[np.ndarray], key_cost: float) -> float:
+        """Returns what such steps cost each device, in positions: those it computes, the keys that each of them reads
+        at key_cost, half a row on average, and what a micro-batch costs beside."""
+        of_micro = np.array([self.rows_per_device * length * (1 + key_cost * length / 2) + MICRO_BATCH_COST
+                             for length in self.row_lengths])
+        return sum(float(of_micro @ self.num_micro(self.plan(step))) for step in steps)
 
     def fill(self, steps: Iterable[np.ndarray]) -> float:
         """Returns which share of the computed positions holds tokens, over steps of pairs of these sizes."""
@@ -412,14 +455,16 @@ FULL_ROW_LENGTH = 2048
 
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
-                platform: str, rows_per_step: int | None = None, attention: str = "xla") -> Layout:
+                platform: str, rows_per_step: int | None = None, attention: str = "xla",
+                nll_scope: str = "sequence", key_cost: float = 0.0) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard
-    has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty.
+    has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. key_cost: what it
+    costs a position to attend to one more key of its row, in positions; 0 for kernels that skip what nobody sees.
     """
     sizes = pairs.sizes(config.share_prompt)
-    lengths, expanded = sizes[:, 0], sizes[:, 2]
+    lengths, _, expanded, scored = sizes.T
     on_cpu = platform == "cpu"
     unit = CPU_ROW_UNIT if on_cpu else ROW_UNIT
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
@@ -428,13 +473,13 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         # Which pairs a step takes follows from it: the same on every machine.
         tops = {max(FULL_ROW_LENGTH, -(-longest // ROW_UNIT) * ROW_UNIT)}
     elif config.row_length == "auto":
-        tops = {round_up(longest * (1 + i / 16)) for i in range(17 if config.packing else 1)}
+        tops = {round_up(longest * (1 + i / 8)) for i in range(9 if config.packing else 1)}
     else:
         if longest > config.row_length:
             raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got "
                              f"{config.row_length}; set 'auto', or lower data.max_length")
         tops = {config.row_length}
-    # Packed rows come short at a step's end, others always: those have lengths for equal shares of the pairs.
+    # Packed rows come short at a step's end only, others always: those have lengths for equal shares of the pairs.
     shares = lambda top, n: np.arange(1, n) * top / n if config.packing else np.quantile(lengths, np.arange(1, n) / n)
     row_lengths = sorted({tuple(sorted({*map(round_up, shares(top, n)), top})) for top in tops
                           for n in ((1, 2, 4) if config.row_length == "auto" and rows_per_step is None else (1,))})
@@ -447,24 +492,24 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
             max_pairs = top // max(int(lengths.min()), 1) if config.packing else 1
             if rows_per_step is None:
                 max_pairs = min(max_pairs, batch_size)
-            expanded_length = 2 * top
             # Kernels compute on as much as rows may hold. A little above what they do hold costs next to no fill.
+            enough = lambda size, top=top: round_up(max(1.05 * top * size.mean() / lengths.mean(), size.max()))
             if attention == "cudnn":
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
-            elif attention == "splash":
-                expanded_length = round_up(max(1.05 * top * expanded.mean() / lengths.mean(), expanded.max()))
+            expanded_length = enough(expanded) if attention == "splash" else 2 * top
+            scored_length = enough(scored) if nll_scope == "completion" else None
             most = (CPU_MICRO_BATCH_TOKENS if on_cpu else MICRO_BATCH_TOKENS) // top
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
-                             config.share_prompt)
+                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, scored_length,
+                             step_rows, config.share_prompt, config.packing)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:
         return layouts[0]
     sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
-    costs = [layout.cost(steps) for layout in layouts]
+    costs = [layout.cost(steps, key_cost) for layout in layouts]
     good = [layout for layout, cost in zip(layouts, costs, strict=True) if cost <= min(costs) * (1 + SLACK)]
     # Few lengths make a program that compiles fast, short rows take little memory.
     return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],
@@ -534,7 +579,7 @@ class Batches:
         order, rows = self._order(epoch), []
         for start in range(0, len(order), PACKING_BUFFER):
             buffer = order[start:start + PACKING_BUFFER]
-            packed = [buffer[row] for row in self.layout.plan(self._sizes[buffer])[0]]
+            packed = [buffer[row] for row in self.layout.plan(self._sizes[buffer])[0] if row]
             shuffled = range(len(packed)) if self.seed is None else np.random.default_rng(
                 [self.seed, epoch, start]).permutation(len(packed))
             rows.extend(packed[i] for i in shuffled)
@@ -544,12 +589,13 @@ class Batches:
         """Returns the step's rows as numpy arrays, the same on every host, and what they hold."""
         layout, plan, groups = self.layout, self.plan(step), []
         pairs = {i: self.pairs[i] for rows in plan for row in rows for i in row.tolist()}
-        for row_length, rows_of_pairs, num_micro in zip(layout.row_lengths, plan, layout.num_micro(plan), strict=True):
+        for row_length, rows_of_pairs, num_micro, max_micro in zip(
+                layout.row_lengths, plan, layout.num_micro(plan), layout.max_micro, strict=True):
             rows = packing.build_rows(
-                pairs, rows_of_pairs, num_rows=layout.max_micro * layout.rows, row_length=row_length,
-                max_pairs=layout.max_pairs, share_prompt=layout.share_prompt, nll_scope=self.orpo.nll_scope,
-                nll_reduction=self.orpo.nll_reduction)
-            groups.append(Group(Rows(*(x.reshape(layout.max_micro, layout.rows, *x.shape[1:]) for x in rows)),
+                pairs, rows_of_pairs, num_rows=max_micro * layout.rows, row_length=row_length,
+                max_pairs=layout.room(row_length).pairs, share_prompt=layout.share_prompt,
+                nll_scope=self.orpo.nll_scope, nll_reduction=self.orpo.nll_reduction)
+            groups.append(Group(Rows(*(x.reshape(max_micro, layout.rows, *x.shape[1:]) for x in rows)),
                                 np.int32(num_micro)))
         count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.

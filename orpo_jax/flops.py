@@ -28,6 +28,12 @@ def matmul_weights(arch: Architecture) -> int:
     return sum(math.prod(weight.shape(spec.sizes)) for weight in matrices) + spec.vocab_size * spec.d_model
 
 
+def key_cost(arch: Architecture) -> float:
+    """Returns what it costs a position to attend to one key, in all layers, in what it costs beside attention."""
+    spec = arch.spec
+    return 2 * spec.num_layers * spec.num_heads * spec.head_dim / matmul_weights(arch)
+
+
 def attended(lengths: Any, window: int | None) -> Any:
     """Returns the (query, key) pairs of causal sequences: all keys up to the query's, or those in its window."""
     full = np.minimum(lengths, window if window is not None else np.max(lengths, initial=0)).astype(np.int64)

@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, C tokens of a chunk, D model, V vocabulary, S pair slo
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,9 +49,11 @@ def num_chunks(T: int, V: int) -> int:
 
 class Settings(NamedTuple):
     beta: float
-    # Chunks of a row: 1 keeps the logits of a row for its gradients, more compute them twice.
-    chunks: int = 1
+    # Chunks of a row: 1 keeps its logits for the gradients, more compute them twice. None: as many as the budget asks.
+    chunks: int | None = None
     softcap: float | None = None
+    # Positions of a row that may have a weight in the loss; None: all.
+    scored: int | None = None
 
 
 class Counts(NamedTuple):
@@ -136,14 +138,34 @@ def _on_mesh(settings: Settings, wanted: Wanted, hidden_BTD: Array, weight_VD: A
 def _rows(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_BTD: Array, weight_VD: Array,
           bias_V: Array | None, rows: Rows, counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
     """Returns the loss and sums of one device's rows and their gradients, float32; None for those not wanted."""
+    scored = hidden_BTD.shape[1] if settings.scored is None else settings.scored
+    settings = settings._replace(chunks=settings.chunks or num_chunks(scored, weight_VD.shape[0]))
+
     def one_row(dweights: Any, row: tuple[Array, Rows]) -> tuple[Any, Any]:
-        part, dhidden_TD, dweights = _row(settings, wanted, vocab_axis, *row, weight_VD, bias_V, counts, dweights)
-        return dweights, (part, dhidden_TD)
+        hidden_TD, of_row = row
+        pick, put = _scored(of_row, scored)
+        of_scored = of_row._replace(targets=pick(of_row.targets), nll_weights=pick(of_row.nll_weights),
+                                    segments=pick(of_row.segments))
+        part, dhidden_CD, dweights = _row(settings, wanted, vocab_axis, pick(hidden_TD), of_scored, weight_VD, bias_V,
+                                          counts, dweights)
+        return dweights, (part, None if dhidden_CD is None else put(dhidden_CD))
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) if x is not None and want else None
                   for x, want in ((weight_VD, wanted.weight), (bias_V, wanted.bias)))
     dweights, (parts, dhidden_BTD) = jax.lax.scan(one_row, zeros, (hidden_BTD, rows))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts), (dhidden_BTD, *dweights)
+
+
+def _scored(row: Rows, count: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """Returns the gather of the positions that have a weight in the loss, [T, ...] -> [count, ...], and that back."""
+    T = row.targets.shape[0]
+    if count == T:
+        return lambda x: x, lambda x: x
+    has_weight_T = (row.nll_weights > 0) | (row.segments > 0)
+    places = jnp.nonzero(has_weight_T, size=count, fill_value=T)[0]
+    back_T = jnp.where(has_weight_T, jnp.cumsum(has_weight_T) - 1, count)
+    take = lambda x, at: x.at[at].get(mode="fill", fill_value=0)
+    return lambda x_T: take(x_T, places), lambda x: take(x, back_T)
 
 
 def _row(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_TD: Array, row: Rows, weight_VD: Array,

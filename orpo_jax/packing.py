@@ -57,27 +57,23 @@ def branch_lengths(pairs: Iterable[Pair], share_prompt: bool) -> np.ndarray:
                      for pair in pairs])
 
 
-def pack(sizes_PC: np.ndarray, capacity_C: Sequence[int]) -> list[list[int]]:
-    """Returns the pairs of each row: best fit decreasing, the same on every host.
+def pack(sizes_PC: np.ndarray, rooms_RC: np.ndarray) -> list[list[int]] | None:
+    """Returns the pairs of each of R rows, or None where they do not fit: best fit decreasing, the same on every host.
 
     sizes_PC: what each pair takes of each of a row's capacities. The first is positions, by which pairs are ordered
-    and the best fit is found; the others (slots, ...) must have room too.
+    and the best fit is found; the others (slots, ...) must have room too. rooms_RC: what each row has of them.
     """
-    rows: list[list[int]] = []
-    room_of: list[np.ndarray] = []
-    open_rows: list[tuple[int, int]] = []  # (positions left, row), sorted
+    rows: list[list[int]] = [[] for _ in rooms_RC]
+    room_of = np.array(rooms_RC)
+    open_rows = sorted((int(room[0]), row) for row, room in enumerate(room_of))  # (positions left, row)
     for pair in np.lexsort((np.arange(len(sizes_PC)), -sizes_PC[:, 0])).tolist():
         size_C = sizes_PC[pair]
-        assert (size_C <= capacity_C).all()
         fit = bisect.bisect_left(open_rows, (int(size_C[0]), -1))
         while fit < len(open_rows) and (room_of[open_rows[fit][1]] < size_C).any():
             fit += 1
-        if fit < len(open_rows):
-            row = open_rows.pop(fit)[1]
-        else:
-            row = len(rows)
-            rows.append([])
-            room_of.append(np.array(capacity_C))
+        if fit == len(open_rows):
+            return None
+        row = open_rows.pop(fit)[1]
         rows[row].append(pair)
         room_of[row] -= size_C
         if (room_of[row] > 0).all():

@@ -87,16 +87,17 @@ class Model:
         cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(self.dtype), part)
                 for name, part in params.items()}
         module = nnx.merge(self.graph, cast)
+        room = self.layout.room(rows.ids.shape[1])
         attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,
-                                          expanded_length=self.layout.expanded_length)
+                                          expanded_length=room.expanded)
         with head.precision(self.dtype):
             hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat, unroll=self.unroll)
-            return head.orpo(self.head_settings, hidden_BTD, module.unembedding(), None, rows, counts)
+            return head.orpo(self.head_settings._replace(scored=room.scored), hidden_BTD, module.unembedding(), None,
+                             rows, counts)
 
 
 def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float, attention: str = "xla") -> Model:
-    chunks = head.num_chunks(layout.row_lengths[-1], arch.spec.vocab_size)
-    return Model(make_graph(arch), dtype, layout, head.Settings(beta, chunks), attention)
+    return Model(make_graph(arch), dtype, layout, head.Settings(beta), attention)
 
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:

@@ -148,7 +148,8 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
                 ) -> tuple[Batches, step_lib.Model]:
         layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
-                                  platform, rows_per_step, attention)
+                                  platform, rows_per_step, attention, config.orpo.nll_scope,
+                                  flops.key_cost(arch) if attention == "xla" else 0.0)
         return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
                 step_lib.make_model(arch, layout, dtype, config.orpo.beta, attention))
 

@@ -350,7 +350,8 @@ def test_the_process_and_the_epoch_leave_shapes_alone(pretrained):
     assert len(shapes) == 1
     layout, groups = batches.layout, batches.batch(0)[0].groups
     assert [group.rows.ids.shape for group in groups] == [
-        (layout.max_micro, layout.rows, length) for length in layout.row_lengths]
+        (max_micro, layout.rows, length)
+        for max_micro, length in zip(layout.max_micro, layout.row_lengths, strict=True)]
     assert layout.rows == layout.rows_per_device * 2
 
 
@@ -366,14 +367,14 @@ def test_every_batch_fits_its_layout(pretrained, changes):
         assert info.tokens <= info.slots == sum(
             int(group.num_micro) * layout.rows * length
             for group, length in zip(batch.groups, layout.row_lengths, strict=True))
-        for group in batch.groups:
-            assert 0 <= group.num_micro <= layout.max_micro
+        for group, length, max_micro in zip(batch.groups, layout.row_lengths, layout.max_micro, strict=True):
+            assert 0 <= group.num_micro <= max_micro
             used = np.asarray(group.rows.pair_weights).any(-1).any(-1)
             assert not used[group.num_micro:].any()
             assert "packing" not in changes or group.rows.pair_weights.shape[-1] == 1
             start, chosen, rejected, end = np.moveaxis(np.asarray(group.rows.bounds), -1, 0)
             assert max((rejected - start).max(), (chosen - start + end - rejected).max()) <= layout.branch_length
-            assert (chosen - start + end - start).sum(-1).max() <= layout.expanded_length
+            assert (chosen - start + end - start).sum(-1).max() <= layout.room(length).expanded
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -411,7 +412,7 @@ class Lengths:
     def sizes(self, share_prompt):
         longer = self.chosen + self.rejected + 2 * self.prompt - 2
         lengths = longer - (self.prompt - 1) * share_prompt
-        return np.stack([lengths, np.ones_like(lengths), longer], axis=1)
+        return np.stack([lengths, np.ones_like(lengths), longer, self.chosen + self.rejected], axis=1)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -422,10 +423,11 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
     layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform)
     unseen = Lengths(parts[12_000:]).sizes(True)
     steps = [unseen[start:start + batch_size] for start in range(0, len(unseen) - batch_size, batch_size)][:24]
-    # Pairs longer than any that were seen can't come: the layout is made for the whole data set. 64 pairs on 8 or 16
-    # shards reach 0.84; all others 0.85 or more.
+    # Pairs longer than any that were seen can't come: the layout is made for the whole data set.
     fill = layout.fill([step[step[:, 0] <= layout.row_lengths[-1]] for step in steps])
-    assert fill >= (0.83 if batch_size == 64 and shards > 1 else 0.85)
+    print(f"{platform}, {shards} shards, {batch_size} pairs: {fill:.3f}, {layout.rows_per_device} rows of "
+          f"{layout.row_lengths}")
+    assert fill >= 0.85
 
 
 def test_what_is_made_ahead_comes_in_order_and_errors_come_through():

@@ -54,7 +54,7 @@ def shared_flops(arch, pairs):
     """Our step: packed rows that share prompts."""
     row_length = 64 * -(-max(len(p.chosen_ids) + len(p.rejected_ids) - 1 - p.shared for p in pairs) // 64)
     sizes = np.array([[len(p.chosen_ids) + len(p.rejected_ids) - 1 - p.shared, 1] for p in pairs])
-    plan = packing.pack(sizes, (row_length, 16))
+    plan = [row for row in packing.pack(sizes, np.tile((row_length, 16), (len(pairs), 1))) if row]
     rows = packing.build_rows(pairs, plan, num_rows=len(plan), row_length=row_length, max_pairs=16, share_prompt=True,
                               nll_scope="sequence", nll_reduction="token")
 

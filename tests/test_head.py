@@ -16,7 +16,7 @@ B, T, D, V, BETA = 8, 32, 16, 48, 0.3
 FIRST = ("hidden", "weight", "bias")
 
 
-def make_rows():
+def make_rows(nll_scope="sequence"):
     """Rows of packed pairs, one of them empty."""
     rng, pairs = np.random.default_rng(0), []
     for _ in range(2 * (B - 1)):
@@ -25,7 +25,7 @@ def make_rows():
         pairs.append(make_pair(*ids, len(prompt), len(prompt)))
     plan = [[2 * i, 2 * i + 1] for i in range(B - 1)]
     return packing.build_rows(pairs, plan, num_rows=B, row_length=T, max_pairs=3, share_prompt=True,
-                              nll_scope="sequence", nll_reduction="token")
+                              nll_scope=nll_scope, nll_reduction="token")
 
 
 def arrays(scale=1.0, vocab=V):
@@ -69,6 +69,19 @@ def assert_same(got, expected, within=1e-5):
 def test_it_equals_autodiff_of_dense_logits(chunks, softcap):
     settings, rows = head.Settings(BETA, chunks, softcap), make_rows()
     assert_same(both(fused, settings, arrays(), rows), both(dense, settings, arrays(), rows))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_prompts_that_no_loss_reads_skip_it(chunks):
+    rows = make_rows("completion")
+    most = int(((rows.segments > 0) | (rows.nll_weights > 0)).sum(-1).max())
+    assert most < T
+    for scored in (most, most + most % 2, T):
+        settings = head.Settings(BETA, chunks if scored % chunks == 0 else 1, scored=scored)
+        assert_same(both(fused, settings, arrays(), rows), both(dense, settings, arrays(), rows))
+    compiled = [jax.jit(functools.partial(both, fused, head.Settings(BETA, 1, scored=scored))).lower(
+        arrays(), rows).compile().cost_analysis()["flops"] for scored in (most, T)]
+    assert compiled[0] < (most + 2) / T * compiled[1]
 
 
 def test_without_a_bias_there_is_no_gradient_of_one():
@@ -164,3 +177,5 @@ def test_the_budget_decides_on_chunks():
     assert head.num_chunks(2048, 262_144) == 2
     assert head.num_chunks(2049, 262_144) == 3
     assert head.num_chunks(97, 10**9) == 97
+    rows, (hidden, weight, _) = make_rows(), arrays()
+    assert matmuls(jax.grad(lambda *args: fused(head.Settings(BETA), *args, rows)[0]), hidden, weight, None) == 2

@@ -22,7 +22,9 @@ def lengths_of(pairs, share):
 
 
 def pack(lengths, row_length, max_pairs):
-    return packing.pack(np.stack([lengths, np.ones_like(lengths)], axis=1), (row_length, max_pairs))
+    """Returns the rows that hold pairs, of as many as there are pairs."""
+    rooms = np.tile((row_length, max_pairs), (len(lengths), 1))
+    return [row for row in packing.pack(np.stack([lengths, np.ones_like(lengths)], axis=1), rooms) if row]
 
 
 def build(pairs, share, row_length=64, max_pairs=8, **options):
@@ -88,9 +90,22 @@ def test_every_pair_is_packed_once_and_fits(lengths, max_pairs):
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50), st.integers(0, 9)), min_size=1, max_size=60))
 def test_every_capacity_holds(sizes):
     sizes = np.array(sizes)
-    plan = packing.pack(sizes, (100, 60, 12))
+    plan = packing.pack(sizes, np.tile((100, 60, 12), (len(sizes), 1)))
     assert sorted(i for row in plan for i in row) == list(range(len(sizes)))
     assert all((sizes[row].sum(0) <= (100, 60, 12)).all() for row in plan)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.integers(1, 40), max_size=20), st.lists(st.integers(10, 60), max_size=8))
+def test_rows_may_differ_and_none_is_opened(lengths, rooms):
+    sizes, rooms = np.array(lengths, int)[:, None], np.array(rooms, int)[:, None]
+    plan = packing.pack(sizes, rooms)
+    if plan is None:
+        # Best fit decreasing leaves no pair out that an empty row would hold, and none if all are small.
+        assert sum(lengths) > sum(rooms.T[0]) / 2 - 40 * len(rooms) or not len(rooms)
+    else:
+        assert sorted(i for row in plan for i in row) == list(range(len(lengths))) and len(plan) == len(rooms)
+        assert all(sizes[row].sum() <= room for row, room in zip(plan, rooms, strict=True))
 
 
 def test_best_fit_fills_rows():

@@ -51,7 +51,8 @@ class Trial:
         count = int(np.prod(mesh_sizes))
         mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)), jax.devices()[:count])
         config = dataclasses.replace(self.data_config, **data_changes)
-        layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), "cpu")
+        layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), "cpu",
+                                  nll_scope=self.orpo.nll_scope)
         batches = data.Batches(self.pairs, layout, PAIRS, self.orpo, None)
         keep = optimizer is None
         optimizer = optimizer or KEEP_GRADIENTS

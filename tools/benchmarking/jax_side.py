@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
 from orpo_jax import config as config_lib
-from orpo_jax import data, head, kernels, loss, optim, sharding, weights
+from orpo_jax import data, flops, head, kernels, loss, optim, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
@@ -43,7 +43,8 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     table = as_data(pairs)
     attention = kernels.choose("auto", platform, head_dim=arch.spec.head_dim, dtype=settings.dtype,
                                row_length=data.ROW_UNIT, windows=arch.spec.windows)
-    layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention)
+    layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
+                              key_cost=flops.key_cost(arch) if attention == "xla" else 0.0)
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (data.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 
