@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from orpo_jax import head, kernels
-from orpo_jax.data import Layout, StepBatch
+from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.packing import Rows
 from orpo_jax.weights import Params, make_graph
@@ -102,7 +102,12 @@ def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:
     """Returns the sum of `one(rows)` over the micro-batches; trip counts are data: one program fits all steps."""
-    rows_of = lambda group, i: jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), group.rows)
+    def rows_of(group: Group, i: Any) -> Rows:
+        # Where a group has one micro-batch at most, its rows do not depend on i: without the barrier XLA would move the
+        # whole pass out of the loop, and take it in every step.
+        rows, i = jax.lax.optimization_barrier((group.rows, i))
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows)
+
     shapes = jax.eval_shape(lambda: one(rows_of(batch.groups[0], 0)))
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     for group in batch.groups:

@@ -28,7 +28,7 @@ from orpo_jax.evaluate import evaluate
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.generate import generate
 from orpo_jax.metrics import CompileCounter, Meter, Metrics, Progress, check_trackers, log, set_up_logging
-from orpo_jax.model import REMAT
+from orpo_jax.model import remat_ladder
 from orpo_jax.pretrained import Pretrained, find_folder, open_pretrained
 from orpo_jax.rundir import BASE_MODEL, open_run, start_run
 from orpo_jax.sharding import make_mesh, num_shards
@@ -272,7 +272,7 @@ def compile_step(job: Job) -> Callable:
     began = time.monotonic()
     compiled, remat, need = step_lib.compile_to_fit(
         lambda remat: job.make_train_step(dataclasses.replace(job.model, remat=remat)),
-        list(REMAT) if remat == "auto" else [remat], (state, batch), limit)
+        remat_ladder(job.mesh.devices.flat[0].platform) if remat == "auto" else [remat], (state, batch), limit)
     log.info("the step is compiled, in %.0f s: remat %s, %.1f GB of %.1f GB per device", time.monotonic() - began,
              remat, need / 1e9, limit / 1e9)
     if need > limit:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from orpo_jax import config as config_lib
-from orpo_jax import data, loss, optim, pretrained, sharding, weights
+from orpo_jax import data, head, loss, optim, packing, pretrained, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture, flatten
 
@@ -167,6 +167,22 @@ def test_fifty_steps_compile_once(trial):
     rows = [row for seed in range(50) for row in tiny.make_rows(PAIRS, "standard", seed)]
     _, _, train_step, _ = Trial(trial.folder, rows=rows).step(steps=50, optimizer=optax.adam(1e-4))
     assert train_step._cache_size() == 1
+
+
+def test_a_loop_that_is_not_entered_computes_nothing(trial):
+    """A pass over rows of a length that the step does not need must not be moved out of their loop."""
+    layout = data.Layout(row_lengths=(64, 128), rows_per_device=1, num_shards=1, max_pairs=2, branch_length=64,
+                         expanded_length=256, scored_length=None, max_rows=2, share_prompt=True, packing=True)
+    groups = [data.Group(packing.Rows(*(np.stack([x] * most) for x in packing.empty_rows(1, length, 2))), np.int32(1))
+              for length, most in zip(layout.row_lengths, layout.max_micro, strict=True)]
+    batch = data.StepBatch(tuple(groups), head.Counts(np.float32(1), np.float32(1)))
+    model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1)
+    gradients = lambda params, batch: step_lib._over_micro_batches(
+        batch, lambda rows: jax.grad(model.loss, has_aux=True)(params, rows, batch.counts))
+    compiled = jax.jit(gradients).lower(weights.random_params(trial.arch, 0), batch).compile().as_text()
+    outside = compiled[compiled.index("ENTRY"):]
+    assert outside.count(" while(") == len(groups) < compiled.count(" while(")
+    assert " dot(" not in outside
 
 
 def test_weights_and_moments_are_split_over_the_mesh(trial):

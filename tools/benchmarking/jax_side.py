@@ -23,6 +23,7 @@ from orpo_jax import data, flops, head, kernels, loss, optim, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
+from orpo_jax.model import remat_ladder
 
 Steps = tuple[Callable[[], tuple[float, float]], Callable[[int], int]]  # what `clock` takes
 
@@ -52,7 +53,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     shardings = step_lib.state_shardings(weights.abstract_params(arch, jnp.float32, mesh), optimizer, mesh)
     model = dataclasses.replace(
         step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), settings.beta, attention),
-        remat="full" if system.recompute else "none")
+        remat="full" if system.recompute else remat_ladder(platform)[0])
     train_step = step_lib.make_train_step(model, optimizer, schedule, shardings)
     state = step_lib.initial_state(params, optimizer, shardings)
 
