@@ -1,6 +1,7 @@
 """The step's numbers do not depend on the mesh, the micro-batches, the rows or the sharing of prompts."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from orpo_jax import config as config_lib
 from orpo_jax import data, head, loss, optim, packing, pretrained, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture, flatten
+from orpo_jax.model import REMAT
 
 PAIRS = 24
 # Every axis size of a mesh of 8 divides these.
@@ -207,3 +209,75 @@ def test_bfloat16_is_near_float32(trial, expected):
     got = trial.step(dtype=jnp.bfloat16)
     assert abs(got[0]["loss"] - expected[0]["loss"]) < 0.02 * expected[0]["loss"]
     assert got[0]["loss"] != expected[0]["loss"]
+
+
+# Memory
+
+
+def compiled_step(remat, T=256, rows=4):
+    """Returns the compiled train step of a model whose layers hold more than one layer's work does."""
+    arch = architecture(tiny.config_of(vocab_size=256, hidden_size=64, intermediate_size=160, head_dim=16,
+                                       num_hidden_layers=8), T)
+    mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+    layout = data.Layout((T,), rows, 1, 2, T, 2 * T, rows, True)
+    model = step_lib.Model(weights.make_graph(arch), jnp.dtype("float32"), layout, head.Settings(0.1), remat=remat)
+    batch = data.StepBatch((data.Group(jax.tree.map(lambda x: x[None], packing.empty_rows(rows, T, 2)), np.int32(1)),),
+                           head.Counts(np.float32(1), np.float32(1)))
+    with jax.set_mesh(mesh):
+        abstract = weights.abstract_params(arch, jnp.float32, mesh)
+        shardings = step_lib.state_shardings(abstract, optax.sgd(1.0), mesh)
+        return step_lib.make_train_step(model, optax.sgd(1.0), lambda _: 0.0, shardings).lower(
+            step_lib.abstract_state(abstract, optax.sgd(1.0), shardings), batch).compile(
+            compiler_options={"xla_backend_optimization_level": 0})  # it does not run
+
+
+def stands_for(compiled):
+    """Returns what compile_to_fit lowers and compiles; an exception is raised by the compiler."""
+    def compile_it():
+        if isinstance(compiled, Exception):
+            raise compiled
+        return compiled
+
+    return types.SimpleNamespace(lower=lambda *_: types.SimpleNamespace(compile=compile_it))
+
+
+NO_ROOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+
+def test_remat_steps_down_until_the_step_fits():
+    steps = {remat: compiled_step(remat) for remat in REMAT}
+    need = {remat: step_lib.bytes_needed(step) for remat, step in steps.items()}
+    print({remat: f"{count / 1e6:.1f} MB" for remat, count in need.items()})
+    assert list(need) == sorted(need, key=lambda remat: -need[remat]) == ["none", "minimal", "attention", "full"]
+    # The gaps are no rounding.
+    assert all(b < 0.95 * a for a, b in zip(need.values(), list(need.values())[1:], strict=False))
+
+    def fit(limit, broken=()):
+        tried = []
+
+        def make(remat):
+            tried.append(remat)
+            return stands_for(NO_ROOM if remat in broken else steps[remat])
+
+        step, remat, count = step_lib.compile_to_fit(make, list(REMAT), (), limit)
+        assert tried == list(REMAT)[:tried.index(remat) + 1]  # none is compiled in vain
+        assert step is steps[remat] and count == need[remat]
+        return remat
+
+    for remat, count in need.items():
+        assert fit(count) == remat
+    # Where none fits, the smallest may still run: the limit is an estimate.
+    assert fit(need["full"] - 1) == fit(0) == "full"
+    # What the compiler finds no room for is passed over, whatever the limit.
+    assert fit(10**12, broken=["none", "minimal"]) == "attention"
+
+
+def test_a_step_that_no_remat_makes_fit_says_what_to_change():
+    with pytest.raises(ValueError, match=r"model.remat: must leave room for the step on a device of 2.0 GB, got "
+                                         "'full'; choose a smaller train.rows_per_device"):
+        step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), list(REMAT), (), 2 * 10**9)
+    with pytest.raises(ValueError, match="got 'none'"):
+        step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), ["none"], (), 2 * 10**9)
+    # Any other error of the compiler is a bug, and no reason to try the next.
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        step_lib.compile_to_fit(lambda _: stands_for(jax.errors.JaxRuntimeError("INTERNAL: oh")), list(REMAT), (), 1)
