@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the lengths, one loss in all systems, and what becomes of a result."""
 
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -78,6 +79,7 @@ def test_trls_layout_in_jax_has_the_same_loss(settings, ours):
     got = benchmark.run_here("JAX, TRL's layout", settings)
     assert (got["loss"], got["grad_norm"]) == pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
     assert got["computed_tokens"] > ours["computed_tokens"]
+    assert got["compiler_flops"] > ours["compiler_flops"]
 
 
 @pytest.mark.parametrize("name", ["torch TRL", "torch TRL, grouped", "torch TRL, recompute", "torch Liger"])
@@ -85,8 +87,33 @@ def test_torch_has_the_same_loss(settings, ours, name):
     pytest.importorskip("torch", reason="torch is not installed")
     if "Liger" in name:
         pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
-    got = benchmark.run_here(name, settings)
+    got = benchmark.run_here(name, dataclasses.replace(settings, count_flops=False))
     assert (got["loss"], got["grad_norm"]) == pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
+    assert "compiler_flops" not in got
+
+
+@pytest.mark.parametrize("name", ["torch TRL", "torch TRL, grouped", "torch TRL, recompute", "torch Liger"])
+def test_torchs_flops_are_those_of_its_step(settings, name):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if "Liger" in name:
+        pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
+    from benchmarking import torch_side
+
+    settings = dataclasses.replace(settings, pairs=8, warmup=1)
+    steps = torch_side.make_steps(systems.SYSTEMS[name], settings, pairs.load(settings.pairs_file),
+                                  torch.device("cpu"))
+    with torch_side.FlopCounterMode(display=False, custom_mapping=torch_side.CPU_ATTENTION) as counter:
+        steps.step(1)
+    assert steps.flops() == pytest.approx(counter.get_total_flops() / 8, rel=1e-6)
+
+
+def test_all_rows_of_the_timed_steps_are_counted(settings, monkeypatch):
+    """With one FLOP to a position, the FLOPs are the positions."""
+    from benchmarking import jax_side
+
+    monkeypatch.setattr(jax_side, "row_flops", lambda model, arch, row_length: float(row_length))
+    got = benchmark.run_here("orpo_jax concatenated", dataclasses.replace(settings, pairs=8, warmup=1))
+    assert got["compiler_flops"] == sum(got["computed_tokens"]) / 8
 
 
 def test_trl_loss_written_again_is_trls(settings):
@@ -108,22 +135,25 @@ def test_trl_loss_written_again_is_trls(settings):
 
 def test_a_run_is_timed_and_counted(settings, ours):
     assert len(ours["seconds"]) == len(ours["computed_tokens"]) == settings.steps
-    assert ours["first_seconds"] > 0 and ours["peak_bytes"] > 2**20
+    assert ours["compile_seconds"] > 0 and ours["peak_bytes"] > 2**20
     step = pairs.load(settings.pairs_file)
     assert (packing.branch_lengths(step, share_prompt=True) @ (-1, 1, 1)).sum() <= ours["computed_tokens"][0]
 
 
 WORK = report.Work(pairs=10, tokens=[100, 300], flops_per_pair=5.0, peak_flops=100.0)
-RUN = {"loss": 2.0, "grad_norm": 3.0, "first_seconds": 9.0, "computed_tokens": [50, 150], "peak_bytes": 2**30}
+RUN = {"loss": 2.0, "grad_norm": 3.0, "compile_seconds": 9.0, "computed_tokens": [50, 150], "peak_bytes": 2**30,
+       "compiler_flops": 7e9}
 
 
 def test_figures_compare_each_step_with_itself():
-    row = report.figures([RUN | {"seconds": [1.0, 4.0]}, RUN | {"seconds": [3.0, 2.0]}], WORK)
+    later = {key: value for key, value in RUN.items() if key != "compiler_flops"}
+    row = report.figures([RUN | {"seconds": [1.0, 4.0]}, later | {"seconds": [3.0, 2.0]}], WORK)
     assert row["pairs_per_second"] == pytest.approx(20 / 3)
     assert row["median_pairs_per_second"] == pytest.approx(20 / 5)
     assert row["tokens_per_second"] == pytest.approx(400 / 3)
     assert row["computed_tokens_per_second"] == pytest.approx(200 / 3)
     assert row["mfu"] == pytest.approx(20 / 3 * 5 / 100)
+    assert row["compiler_flops_per_pair"] == 7e9
 
 
 @pytest.mark.parametrize("wrong", [dict(loss=2.004), dict(grad_norm=3.01), dict(loss=float("nan"))], ids=str)
@@ -167,12 +197,22 @@ def test_the_readme_is_what_the_results_say():
 def test_arguments_given_go_before_a_presets():
     args = benchmark.parse(["--preset", "cpu-small", "--steps", "7"])
     assert (args.model, args.steps, args.scale, args.title) == ("small", 7, 0.35, "cpu-small")
-    for preset in benchmark.PRESETS:
-        args = benchmark.parse(["--preset", preset])
+    for preset, values in benchmark.PRESETS.items():
+        beside = [f"--{name}=given" for name, value in values.items() if value == ""]
+        args = benchmark.parse(["--preset", preset, *beside])
         assert args.dtype == ("bfloat16" if args.device == "gpu" else "float32")
         assert set(benchmark.choose_systems(args)) <= set(systems.SYSTEMS)
     with pytest.raises(ValueError, match="--systems"):
         benchmark.choose_systems(benchmark.parse(["--systems", "torch", "--device", "cpu"]))
+
+
+def test_a_preset_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--preset", "smollm2-4"])
+    assert "--preset smollm2-4 needs --model and --data beside it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        benchmark.parse(["--preset", "smollm2-32", "--model", "folder"])
+    assert "--preset smollm2-32 needs --data beside it" in capsys.readouterr().err
 
 
 def test_largest_climbs_until_nothing_fits(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 The compiler counts a loop's body once, so layers are laid out one by one here, and the head is dense.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -12,8 +13,10 @@ import pytest
 import tiny
 from flax import nnx
 
+from benchmarking import flop_count, jax_side
 from benchmarking.pairs import lengths
-from orpo_jax import attention, flops, head, loss, packing, weights
+from benchmarking.systems import Settings
+from orpo_jax import attention, data, flops, head, loss, packing, step, weights
 from orpo_jax.families import architecture
 from orpo_jax.preference import make_pair
 
@@ -99,6 +102,57 @@ def test_useful_work_is_what_the_compiler_counts(arch):
     formula = flops.flops_of(spec, flops.matmul_weights(arch), B * T, [B * T * T] * spec.num_layers)
     print(f"formula {formula / 1e9:.2f} GFLOP, compiler {counted / 1e9:.2f}: {formula / counted:.3f}")
     assert formula == pytest.approx(counted, rel=0.02)
+
+
+def make_model(arch, row_length, **changes):
+    layout = data.Layout((row_length,), 1, 1, 16, row_length, 2 * row_length, 1, True)
+    return dataclasses.replace(step.make_model(arch, layout, jnp.dtype("float32"), 0.1), **changes)
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_two_depths_tell_of_all(arch, monkeypatch, remat):
+    model = make_model(arch, 128, remat=remat)
+    told = flop_count.row_flops(model, arch, 128)
+    monkeypatch.setattr(flop_count, "at_full_depth", lambda count, arch: count(arch))
+    assert told == pytest.approx(flop_count.row_flops(model, arch, 128), rel=1e-3)
+
+
+def test_two_depths_tell_of_all_in_trls_layout(arch):
+    settings = Settings("", "", "cpu", "float32")
+    micro = np.zeros((4, 128), np.int32), np.full(4, 128), np.full(4, 64)
+    count = lambda arch: flop_count.counted(jax.value_and_grad(jax_side.trl_layout_loss(
+        arch, settings, unroll=True)), weights.abstract_params(arch), micro)
+    assert flop_count.at_full_depth(count, arch) == pytest.approx(count(arch), rel=1e-3)
+
+
+def test_the_head_of_one_row_is_counted_whole():
+    T, V, D = 128, 512, 64
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, T, D), (V, D))]
+
+    def fused(hidden_BTD, weight_VD, rows, counts):
+        return head.orpo(head.Settings(0.1), hidden_BTD, weight_VD, None, rows, counts)
+
+    def dense(hidden_BTD, weight_VD, rows, counts):
+        logits_BTV = head.logits(hidden_BTD, weight_VD)
+        sums = loss.orpo_sums(logps_of(logits_BTV, rows.targets), logits_BTV.mean(-1), rows.nll_weights, rows.segments,
+                              rows.pair_weights)
+        return loss.step_loss(sums, beta=0.1, nll_weight=counts.nll_weight, pairs=counts.pairs), sums
+
+    got, expected = (flop_count.counted(jax.grad(of, (0, 1), has_aux=True), *shapes, packing.empty_rows(1, T, 8),
+                                        head.Counts(1.0, 1.0)) for of in (fused, dense))
+    assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_work_done_again_is_counted_again(arch):
+    """Layers under remat do their forward pass twice, less its last product; chunks of the head do their logits so."""
+    T, spec = 128, arch.spec
+    once = flop_count.row_flops(make_model(arch, T), arch, T)
+    again = flop_count.row_flops(make_model(arch, T, remat="full"), arch, T)
+    matrices = flops.matmul_weights(arch) - (spec.vocab_size + spec.num_layers * spec.d_mlp) * spec.d_model
+    attention = 2 * T * T * spec.num_heads * spec.head_dim * spec.num_layers
+    assert again - once == pytest.approx(2 * (T * matrices + attention), rel=0.02)
+    chunked = flop_count.row_flops(make_model(arch, T, head_settings=head.Settings(0.1, chunks=2)), arch, T)
+    assert chunked - once == pytest.approx(2 * T * spec.vocab_size * spec.d_model, rel=0.01)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 100])

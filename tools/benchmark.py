@@ -1,6 +1,7 @@
 """Measure this trainer beside TRL and Liger in PyTorch: one command, one table.
 
     python tools/benchmark.py --preset cpu-small         # the runs that the README quotes: also gpu-0.5b, gpu-1b, ...
+    python tools/benchmark.py --preset smollm2-32 --model DIR --data ROWS.jsonl
     python tools/benchmark.py --model qwen2-0.5b --lengths hh --steps 5
     python tools/benchmark.py --model DIR --data ROWS.jsonl --max-length 512
     python tools/benchmark.py --readme                   # writes the results that are kept into README.md
@@ -18,11 +19,14 @@ Columns
 - pairs/s: every step at its fastest round, and at its median; all steps together.
 - tokens/s: of both sequences of every pair, the same tokens for all. computed: positions that were in fact computed;
   padding adds to them, and a prompt that is computed once takes off.
-- FLOP/pair: as the compiler counts, or '-' where its count is not the step's (jax_side.compiler_flops). MFU: the FLOPs
-  that the pairs need, nothing computed twice (flops.step_flops), over the chip's peak; a CPU's peak is a float32
-  matrix product measured before the runs.
+- GFLOP/pair: what the timed steps compute, padding and recomputation included, the optimiser's work left out. In JAX
+  it is XLA's count for the CPU, of every operation (flop_count.py); in PyTorch that of its FlopCounterMode, of matrix
+  products and attention alone, counted as if nothing were masked (torch_side.width_flops).
+- MFU: the FLOPs that the pairs need, nothing computed twice (flops.step_flops), over the chip's peak; a CPU's peak is
+  a float32 matrix product measured before the runs.
 - peak GiB: of the process on CPU (with the model's files read and the libraries), of the device's allocator on GPUs.
-- first step s: the first step, compilation included.
+- compile s: what the first step took beyond a second one over the same pairs, the least of all rounds. Without a
+  compiler it is what else happens once: memory is asked for, and kernels are chosen.
 """
 
 import argparse
@@ -58,6 +62,11 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu-small": {"device": "cpu", "model": "small", "scale": 0.35, "steps": 3, "rounds": 2},
     "cpu-small-hh": {"device": "cpu", "model": "small", "lengths": "hh", "steps": 3, "rounds": 2},
+    "cpu-small-long-prompt": {"device": "cpu", "model": "small", "lengths": "long_prompt", "scale": 0.35, "steps": 3,
+                              "rounds": 2},
+    **{f"smollm2-{pairs}": {  # "": given beside the preset
+        "device": "cpu", "model": "", "data": "", "max_length": 512, "pairs": pairs, "micro": 4, "steps": 3,
+        "rounds": 2, "systems": "torch TRL; torch Liger; orpo_jax packed+shared"} for pairs in (4, 32)},
     "gpu-0.5b": {"device": "gpu", "model": "qwen2-0.5b", "steps": 4, "rounds": 2, "warmup": 2},
     "gpu-1b": {"device": "gpu", "model": "llama-1b", "steps": 4, "rounds": 2, "warmup": 2},
     "gpu-largest": {"device": "gpu", "model": "qwen2-0.5b", "steps": 1, "largest": True},
@@ -97,6 +106,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if preset:
         parser.set_defaults(**PRESETS[preset], title=preset)
     args = parser.parse_args(argv)
+    missing = [f"--{name}" for name, value in PRESETS.get(preset, {}).items() if value == getattr(args, name) == ""]
+    if missing:
+        parser.error(f"--preset {preset} needs {' and '.join(missing)} beside it")
     if min(args.pairs, args.micro, args.steps, args.rounds) < 1 or args.warmup < 0 or args.pairs % args.micro:
         parser.error("needs --steps, --rounds, --micro and --pairs of at least 1, and --pairs a multiple of --micro")
     if args.data and args.model in models.SHAPES:
@@ -189,7 +201,8 @@ def run_apart(system: str, settings: Settings, folder: pathlib.Path) -> Result:
     file.write_text(json.dumps(dataclasses.asdict(settings)))
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {"OMP_WAIT_POLICY": "passive", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ,
-                   "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda,cpu",
+                   "PYTHONPATH": paths, "JAX_ENABLE_COMPILATION_CACHE": "false",
+                   "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda,cpu",
                    "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run([sys.executable, __file__, "--one", system, "--settings", str(file)], capture_output=True,
                           text=True, env=environment)
@@ -212,7 +225,8 @@ def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path
         for name in names:
             if not any("error" in result for result in rounds[name]):
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-                rounds[name].append(run_apart(name, settings, folder))
+                counting = dataclasses.replace(settings, count_flops=turn == 0)
+                rounds[name].append(run_apart(name, counting, folder))
     rows = {name: dict(error=results[-1]["error"]) if "error" in results[-1] else report.figures(results, work)
             for name, results in rounds.items()}
     reference = report.mark_void(rows, settings.dtype)
@@ -230,7 +244,7 @@ def find_largest(args: argparse.Namespace, names: Sequence[str], folder: pathlib
         for label, settings in trials:
             for name in list(alive):
                 print(f"{name}: {label}", file=sys.stderr, flush=True)
-                result = run_apart(name, settings, folder)
+                result = run_apart(name, dataclasses.replace(settings, count_flops=False), folder)
                 row = rows.setdefault(f"{name}, {kind}", {"fits": "", "peak_gib": 0.0, "stopped": ""})
                 if "error" in result:
                     row["stopped"] = f"{label}: {result['error']}"
@@ -284,7 +298,7 @@ def gpu_name() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Returns the machine's name, and the versions that the figures belong to."""
+    """Returns the machine's name, and the versions and memory pages that the figures belong to."""
     info = pathlib.Path("/proc/cpuinfo")
     cpus = [line.split(":", 1)[1].strip() for line in (info.read_text().splitlines() if info.is_file() else [])
             if line.startswith("model name")]
@@ -295,7 +309,8 @@ def machine(device: str) -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {"name": gpu_name() if device == "gpu" else cpu, **versions}
+    pages = os.environ.get("GLIBC_TUNABLES")
+    return {"name": gpu_name() if device == "gpu" else cpu, **versions, **({"GLIBC_TUNABLES": pages} if pages else {})}
 
 
 def main(argv: list[str]) -> None:

@@ -7,7 +7,7 @@ waited for before the next one's batch is made, so the overlap that a run has is
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import optax
 import pyarrow as pa
 from flax import nnx
 
+from benchmarking.flop_count import at_full_depth, counted, row_flops
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
 from orpo_jax import config as config_lib
@@ -25,7 +26,13 @@ from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
 from orpo_jax.model import remat_ladder
 
-Steps = tuple[Callable[[], tuple[float, float]], Callable[[int], int]]  # what `clock` takes
+
+class Steps(NamedTuple):
+    """What `clock` takes, and the compiler's count of the FLOPs per pair of the timed steps."""
+
+    first: Callable[[], tuple[float, float]]
+    step: Callable[[int], int]
+    flops: Callable[[], float]
 
 
 def as_data(pairs: Sequence[Pair]) -> data.Pairs:
@@ -68,25 +75,28 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
         sums, grad_norm, _ = take(micro, 0)
         return float(loss.metrics(sums, beta=settings.beta)["loss"]), grad_norm
 
-    return first, lambda i: take(batches, i)[2]
+    def count() -> float:
+        timed = range(settings.warmup, settings.warmup + settings.steps)
+        rows = layout.rows * np.sum([layout.num_micro(batches.plan(i)) for i in timed], axis=0)
+        total = sum(count * row_flops(model, arch, length) for count, length in zip(
+            rows.tolist(), layout.row_lengths, strict=True) if count)
+        return total / (settings.steps * settings.pairs)
+
+    return Steps(first, lambda i: take(batches, i)[2], count)
 
 
-def trl_layout_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Architecture,
-                    params: weights.Params, mesh: jax.sharding.Mesh) -> Steps:
-    """Returns a step over micro-batches [2B, T], chosen above rejected, padded to the longest sequence of the run."""
-    width = -(-max(pair.longest for pair in pairs) // 64) * 64
+def trl_layout_loss(arch: Architecture, settings: Settings, unroll: bool = False) -> Callable[..., jax.Array]:
+    """Returns the loss of (params, (ids [2B, T], and each sequence's length and how many of its tokens are prompt))."""
     graph, dtype = weights.make_graph(arch), jnp.dtype(settings.dtype)
-    optimizer, _ = make_optimizer(settings, arch)
-    opt_state = optimizer.init(params)
 
     def loss_of(params: weights.Params, micro: tuple[jax.Array, ...]) -> jax.Array:
         ids_BT, lengths_B, prompts_B = micro
-        half, positions_T = len(ids_BT) // 2, jnp.arange(width)
+        half, positions_T = len(ids_BT) // 2, jnp.arange(ids_BT.shape[1])
         positions_BT = jnp.broadcast_to(positions_T, ids_BT.shape)
         cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(dtype), part)
                 for name, part in params.items()}
         module = nnx.merge(graph, cast)
-        hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT))
+        hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT), unroll=unroll)
         logps_BTV = jax.nn.log_softmax(head.logits(hidden_BTD, module.unembedding())[:, :-1])
         logps_BT = jnp.take_along_axis(logps_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
         real_BT = positions_T[1:] < lengths_B[:, None]
@@ -94,6 +104,17 @@ def trl_layout_step(system: System, settings: Settings, pairs: Sequence[Pair], a
         means_B = jnp.sum(logps_BT * response_BT, axis=1) / jnp.sum(response_BT, axis=1)
         nll = -jnp.sum((logps_BT * real_BT)[:half]) / jnp.sum(real_BT[:half])
         return loss.orpo_loss(means_B[:half], means_B[half:], nll, beta=settings.beta)[0]
+
+    return loss_of
+
+
+def trl_layout_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Architecture,
+                    params: weights.Params, mesh: jax.sharding.Mesh) -> Steps:
+    """Returns a step over micro-batches [2B, T], chosen above rejected, padded to the longest sequence of the run."""
+    width = -(-max(pair.longest for pair in pairs) // 64) * 64
+    loss_of = trl_layout_loss(arch, settings)
+    optimizer, _ = make_optimizer(settings, arch)
+    opt_state = optimizer.init(params)
 
     @jax.jit(donate_argnums=(0, 1))
     def train_step(params: weights.Params, opt_state: Any, micros: tuple[jax.Array, ...], count: jax.Array) -> tuple:
@@ -115,8 +136,14 @@ def trl_layout_step(system: System, settings: Settings, pairs: Sequence[Pair], a
             train_step(params, opt_state, batch, jnp.int32(len(members) // settings.micro)))
         return float(value), float(grad_norm), 2 * len(members) * width
 
-    return (lambda: take(pairs[:settings.micro])[:2],
-            lambda i: take(pairs[i * settings.pairs:(i + 1) * settings.pairs])[2])
+    def count() -> float:
+        micro = stack_trl(pairs[:settings.micro], width)  # as wide as every other
+        return at_full_depth(lambda arch: counted(
+            jax.value_and_grad(trl_layout_loss(arch, settings, unroll=True)), weights.abstract_params(arch), micro),
+            arch) / settings.micro
+
+    return Steps(lambda: take(pairs[:settings.micro])[:2],
+                 lambda i: take(pairs[i * settings.pairs:(i + 1) * settings.pairs])[2], count)
 
 
 def stack_trl(pairs: Sequence[Pair], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -146,17 +173,11 @@ def measure(system: System, settings: Settings) -> Result:
     with jax.set_mesh(mesh), head.precision(jnp.dtype(settings.dtype)):
         params = weights.load_params(pathlib.Path(settings.model), arch, mesh=mesh)
         steps = make(system, settings, pairs, arch, params, mesh)
-        return clock(settings, *steps, lambda: peak_memory(device)) | {"compiler_flops": compiler_flops(system, arch)}
-
-
-def compiler_flops(system: System, arch: Architecture) -> float | None:
-    """Returns the FLOPs per pair of the compiled step, or None where the compiler's count is not that.
-
-    XLA's cost analysis counts the body of a loop once. Layers and micro-batches are loops in every system here, so its
-    count is of no step that runs, and the answer is None.
-    """
-    del system, arch
-    return None
+        result = clock(settings, steps.first, steps.step, lambda: peak_memory(device))
+    if settings.count_flops:
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            result["compiler_flops"] = steps.flops()
+    return result
 
 
 def peak_memory(device: Any) -> int:

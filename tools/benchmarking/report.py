@@ -14,7 +14,7 @@ MARKS = ("<!-- benchmark: written by `python tools/benchmark.py --readme` -->", 
 NOT_MEASURED = "Not measured yet: `python tools/benchmark.py --preset cpu-small`, then `--readme`."
 # How far the first step's loss and gradient norm may be from the reference's, relatively.
 TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (1e-2, 5e-2)}
-COLUMNS = ("system", "pairs/s, max", "median", "tokens/s", "computed", "FLOP/pair", "MFU", "peak GiB", "first step s",
+COLUMNS = ("system", "pairs/s, max", "median", "tokens/s", "computed", "GFLOP/pair", "MFU", "peak GiB", "compile s",
            "step-1 loss")
 
 
@@ -29,7 +29,7 @@ class Work:
 
 
 def figures(rounds: Sequence[Result], work: Work) -> dict[str, Any]:
-    """Returns the figures of one system from its rounds.
+    """Returns the figures of one system from its rounds, the first of which counted FLOPs.
 
     Steps differ in their pairs, so each is compared with itself: the best speed has every step at its fastest round,
     the median one every step at its median, and both are over all steps together.
@@ -43,10 +43,10 @@ def figures(rounds: Sequence[Result], work: Work) -> dict[str, Any]:
         "median_pairs_per_second": pairs / median,
         "tokens_per_second": sum(work.tokens) / fastest,
         "computed_tokens_per_second": sum(last["computed_tokens"]) / fastest,
-        "compiler_flops_per_pair": last.get("compiler_flops"),
+        "compiler_flops_per_pair": rounds[0]["compiler_flops"],
         "mfu": best * work.flops_per_pair / work.peak_flops if work.peak_flops else None,
         "peak_gib": max(run["peak_bytes"] for run in rounds) / 2**30,
-        "first_seconds": min(run["first_seconds"] for run in rounds),
+        "compile_seconds": min(run["compile_seconds"] for run in rounds),
         "loss": last["loss"],
         "grad_norm": last["grad_norm"],
         "loss_from": last.get("loss_from"),
@@ -72,11 +72,11 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
         return [name, row["error"], *[""] * (len(COLUMNS) - 2)]
     if row["void"]:
         return [name, "VOID", *[""] * (len(COLUMNS) - 3), f"{row['loss']:.5f}"]
-    optional = lambda value, form: "-" if value is None else format(value, form)
+    mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
     return [name, f"{row['pairs_per_second']:.2f}", f"{row['median_pairs_per_second']:.2f}",
             f"{row['tokens_per_second']:,.0f}", f"{row['computed_tokens_per_second']:,.0f}",
-            optional(row["compiler_flops_per_pair"], ".3e"), optional(row["mfu"], ".1%"), f"{row['peak_gib']:.2f}",
-            f"{row['first_seconds']:.1f}", f"{row['loss']:.5f}"]
+            f"{row['compiler_flops_per_pair'] / 1e9:,.1f}", mfu, f"{row['peak_gib']:.2f}",
+            f"{row['compile_seconds']:.1f}", f"{row['loss']:.5f}"]
 
 
 def table(systems: Mapping[str, Mapping[str, Any]]) -> str:

@@ -15,12 +15,18 @@ import os
 import pathlib
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
 import transformers
 from torch.nn.utils.rnn import pad_sequence  # pyright: ignore[reportMissingImports]
+from torch.utils.flop_counter import (  # pyright: ignore[reportMissingImports]
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
@@ -28,6 +34,20 @@ from benchmarking.systems import Result, Settings, System, clock, peak_rss
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[Any, Batch], torch.Tensor]
+# PyTorch's counter knows the attention of GPUs only.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda dout, q, k, v, *_, **__: sdpa_backward_flop_count(dout, q, k, v)}
+
+
+class Steps(NamedTuple):
+    """What `clock` takes, the FLOPs per pair of the timed steps as PyTorch counts them, and whose loss it is."""
+
+    first: Callable[[], tuple[float, float]]
+    step: Callable[[int], int]
+    flops: Callable[[], float]
+    loss_from: str
 
 
 def collate(pairs: Sequence[Pair], device: torch.device) -> Batch:
@@ -139,8 +159,8 @@ def load_model(system: System, settings: Settings, device: torch.device) -> Any:
     return model
 
 
-def make_steps(system: System, settings: Settings, pairs: Sequence[Pair], device: torch.device) -> tuple[Any, Any, str]:
-    """Returns what `clock` takes, and whose loss it is."""
+def make_steps(system: System, settings: Settings, pairs: Sequence[Pair], device: torch.device) -> Steps:
+    """Returns the steps over the pairs."""
     model = load_model(system, settings, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True)
     loss_of, whose = choose_loss(system, settings, device)
@@ -148,30 +168,63 @@ def make_steps(system: System, settings: Settings, pairs: Sequence[Pair], device
     # Liger's loss needs more than the model's outputs, so the autocast goes around all of it.
     called, around = (model, autocast) if system.liger else (in_float32(model, autocast), contextlib.nullcontext)
 
-    def take(members: Sequence[Pair]) -> tuple[float, float, int]:
+    def cut(members: Sequence[Pair]) -> list[Sequence[Pair]]:
         if system.grouped:
             members = sorted(members, key=lambda pair: -pair.longest)
-        parts = [members[i:i + settings.micro] for i in range(0, len(members), settings.micro)]
-        total, computed = torch.zeros((), device=device), 0
+        return [members[i:i + settings.micro] for i in range(0, len(members), settings.micro)]
+
+    def backward(part: Sequence[Pair], parts: int) -> torch.Tensor:
+        batch = collate(part, device)
+        with around():
+            loss = loss_of(called, batch) / parts
+        loss.backward()
+        return loss.detach()
+
+    def take(members: Sequence[Pair]) -> tuple[float, float]:
+        parts, total = cut(members), torch.zeros((), device=device)
         for part in parts:
-            batch = collate(part, device)
-            with around():
-                loss = loss_of(called, batch) / len(parts)
-            loss.backward()
-            total += loss.detach()
-            computed += 2 * len(part) * computed_width(batch)
+            total += backward(part, len(parts))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return total.item(), norm.item(), computed
+        return total.item(), norm.item()
+
+    def members(i: int) -> Sequence[Pair]:
+        return pairs[i * settings.pairs:(i + 1) * settings.pairs]
 
     def step(i: int) -> int:
-        computed = take(pairs[i * settings.pairs:(i + 1) * settings.pairs])[2]
+        take(members(i))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return computed
+        return sum(2 * len(part) * width(part) for part in cut(members(i)))
 
-    return lambda: take(pairs[:settings.micro])[:2], step, whose
+    def count() -> float:
+        flops_of = width_flops(lambda pair: backward([pair], 1))
+        parts = [part for i in range(settings.warmup, settings.warmup + settings.steps) for part in cut(members(i))]
+        return sum(len(part) * flops_of(width(part)) for part in parts) / (settings.steps * settings.pairs)
+
+    return Steps(lambda: take(pairs[:settings.micro]), step, count, whose)
+
+
+def width(pairs: Sequence[Pair]) -> int:
+    """Returns how many positions each sequence of a micro-batch is padded to."""
+    return max(pair.longest for pair in pairs)
+
+
+def width_flops(backward: Callable[[Pair], Any]) -> Callable[[int], float]:
+    """Returns the FLOPs of a forward and a backward pass over a pair of sequences, as a function of their length.
+
+    Attention is quadratic in it and all else linear, so three short pairs say it of every length.
+    """
+    lengths, counts = (32, 64, 96), []
+    for length in lengths:
+        ids = np.zeros(length, np.int64)
+        # What is compiled has the same products, but their operators are not seen.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(
+                display=False, custom_mapping=CPU_ATTENTION) as counter:
+            backward(Pair(ids, ids, 1, 1, 1))
+        counts.append(counter.get_total_flops())
+    return np.poly1d(np.polyfit(lengths, counts, 2))
 
 
 def measure(system: System, settings: Settings) -> Result:
@@ -184,6 +237,7 @@ def measure(system: System, settings: Settings) -> Result:
         from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
         kernel = sdpa_kernel([SDPBackend.CUDNN_ATTENTION])
     with kernel:
-        first, step, whose = make_steps(system, settings, pairs, device)
+        steps = make_steps(system, settings, pairs, device)
         peak = peak_rss if device.type == "cpu" else torch.cuda.max_memory_allocated
-        return clock(settings, first, step, peak) | {"loss_from": whose}
+        result = clock(settings, steps.first, steps.step, peak) | {"loss_from": steps.loss_from}
+        return result | {"compiler_flops": steps.flops()} if settings.count_flops else result
