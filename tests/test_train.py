@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import orpo_jax
 from orpo_jax import config as config_lib
-from orpo_jax import convert, train
+from orpo_jax import convert, data, train
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIME_FIELDS = ("tokens_per_second", "pairs_per_second", "eval_runtime", "peak_memory_gb", "data_wait_seconds",
@@ -241,6 +241,62 @@ def test_a_lost_last_checkpoint_is_trained_again(tmp_path, model_folder, rows):
     first = train.run(settings(tmp_path / "run", model_folder, **rows))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
     assert train.run(settings(tmp_path / "run", model_folder, **rows)) == first
+
+
+# Steps of full rows
+
+
+def watch_batches(monkeypatch):
+    """Returns a list that gets, of every batch handed to the devices, the row counts and the pairs' responses."""
+    seen, to_devices = [], data.to_devices
+
+    def watched(batch, mesh):
+        found = []
+        for group in batch.groups:
+            for row, slot in zip(*np.nonzero(group.rows.pair_weights.any(-1)), strict=True):
+                rows = jax.tree.map(lambda x, row=row, slot=slot: x[row, slot], group.rows)
+                for pair in np.flatnonzero(rows.pair_weights):
+                    found.append(tuple(tuple(rows.targets[rows.segments == 2 * pair + side].tolist())
+                                       for side in (1, 2)))
+        seen.append((tuple(int(group.num_micro) for group in batch.groups), found))
+        return to_devices(batch, mesh)
+
+    monkeypatch.setattr(data, "to_devices", watched)
+    return seen
+
+
+FULL_ROWS = dict(train__rows_per_step=2, train__max_steps=-1, train__num_train_epochs=4.0, data__row_length=192,
+                 optim__learning_rate=3e-3, log__logging_steps=1, eval__eval_strategy="no")
+
+
+def test_steps_of_full_rows_train_on_every_pair_once_an_epoch(tmp_path, model_folder, rows, monkeypatch):
+    seen = watch_batches(monkeypatch)
+    last = train.run(settings(tmp_path / "run", model_folder, **rows | FULL_ROWS))
+    pairs = [pair for _, members in seen for pair in members]
+    assert len(pairs) == 4 * 30 and len(set(pairs)) == 30
+    assert all(len(set(pairs[epoch * 30:(epoch + 1) * 30])) == 30 for epoch in range(4))
+    # A step has as many pairs as fit, not batch_size.
+    assert max(len(members) for _, members in seen) > 4 and len({len(members) for _, members in seen}) > 1
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(seen) + 1))
+    for line in lines:
+        assert all(np.isfinite(value) for value in line.values()), line  # None is no number either
+    assert last["loss"] < 0.9 * lines[0]["loss"]
+    assert lines[-1]["num_tokens"] == 4 * lines[len(lines) // 4 - 1]["num_tokens"]
+    assert lines[-1]["epoch"] == 4.0
+
+
+def test_steps_of_full_rows_resume_bitwise(tmp_path, model_folder, rows):
+    changes = rows | FULL_ROWS | dict(eval__eval_strategy="epoch")
+    train.run(settings(tmp_path / "whole", model_folder, **changes))
+    for stop in (2, 7, None):  # in the first epoch, and in a later one
+        parts = settings(tmp_path / "parts", model_folder, **changes)
+        train.run(parts, on_step=lambda step, _, stop=stop: step == stop)
+        assert (tmp_path / "parts" / "hf").exists() == (stop is None)
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
+    a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(a[name].tobytes() == b[name].tobytes() for name in a)
 
 
 # Out
