@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 import orpo_jax
 from orpo_jax import config as config_lib
 from orpo_jax import convert, data, train
+from orpo_jax import metrics as metrics_lib
+from orpo_jax import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIME_FIELDS = ("tokens_per_second", "pairs_per_second", "eval_runtime", "peak_memory_gb", "data_wait_seconds",
@@ -297,6 +299,63 @@ def test_steps_of_full_rows_resume_bitwise(tmp_path, model_folder, rows):
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
     a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
     assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+# What a step must not wait for
+
+
+def uneven_rows(count):
+    """Returns rows of which some are far longer than others, so that steps take different numbers of rows."""
+    rng = random.Random(0)
+    return [{"prompt": tiny.sentence(rng, 1, 3), "chosen": f" good {tiny.sentence(rng, 0, size)}",
+             "rejected": f" bad {tiny.sentence(rng, 0, size)}"} for size in rng.choices((1, 25), k=count)]
+
+
+def test_nothing_is_compiled_after_the_first_step(tmp_path, model_folder, one_device, monkeypatch):
+    seen, compiled = watch_batches(monkeypatch), []
+    config = settings(tmp_path / "run", model_folder, mesh__data=1, data__row_length=80, train__rows_per_device=1,
+                      train__max_steps=25, eval__eval_strategy="no")
+    counter = metrics_lib.CompileCounter()
+    with counter:
+        train.run(config, train_rows=uneven_rows(40), on_step=lambda *_: compiled.append(counter.compiled))
+    assert len({count for count, _ in seen}) > 2
+    assert len(compiled) == 25 and len(set(compiled)) == 1 and compiled[0] >= 1
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """Returns a list that gets the run's warnings."""
+    lines = []
+    monkeypatch.setattr(metrics_lib.log, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def longer_from(step, monkeypatch):
+    """Gives batches one more micro-batch of padding from a step on, as no batch of a run may."""
+    to_devices, count = data.to_devices, [0]
+
+    def changed(batch, mesh):
+        count[0] += 1
+        if count[0] >= step:
+            batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]) if x.ndim else x, batch)
+        return to_devices(batch, mesh)
+
+    monkeypatch.setattr(data, "to_devices", changed)
+
+
+def test_a_step_that_is_compiled_again_is_a_warning(tmp_path, model_folder, rows, one_device, warnings, monkeypatch):
+    """The run's step is compiled beforehand and would refuse such a batch: here it is not."""
+    monkeypatch.setattr(step_lib, "compile_to_fit", lambda make, remats, args, limit: (make("none"), "none", 0))
+    longer_from(5, monkeypatch)
+    train.run(settings(tmp_path / "run", model_folder, **rows, eval__eval_strategy="no", data__row_length=128))
+    assert [line.split(",")[0] for line in warnings] == ["step compiled again"]
+    assert warnings[0].endswith("the shapes or types of its arrays have changed")
+
+
+def test_a_compiled_step_refuses_a_batch_of_other_shapes(tmp_path, model_folder, rows, monkeypatch):
+    longer_from(5, monkeypatch)
+    with pytest.raises(TypeError, match="differ"):
+        train.run(settings(tmp_path / "run", model_folder, **rows, eval__eval_strategy="no", data__row_length=128))
 
 
 # Out
