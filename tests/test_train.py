@@ -358,6 +358,26 @@ def test_a_compiled_step_refuses_a_batch_of_other_shapes(tmp_path, model_folder,
         train.run(settings(tmp_path / "run", model_folder, **rows, eval__eval_strategy="no", data__row_length=128))
 
 
+def waits_of(folder):
+    """Returns the seconds that the steps after the first line waited for their batches."""
+    return sum(json.loads(line)["data_wait_seconds"] for line in
+               (folder / "metrics.jsonl").read_text().splitlines()[1:])
+
+
+def test_batches_are_made_while_the_step_runs(tmp_path, model_folder, rows, one_device, monkeypatch):
+    """A step that takes longer than its batch waits for none; a batch that takes longer is waited for, and it shows."""
+    def run(name, batch_seconds, step_seconds):
+        monkeypatch.setattr(data.Batches, "batch", lambda self, step: (time.sleep(batch_seconds), batch(self, step))[1])
+        train.run(settings(tmp_path / name, model_folder, **rows, eval__eval_strategy="no", data__row_length=128,
+                           train__max_steps=8, log__logging_steps=2), on_step=lambda *_: time.sleep(step_seconds))
+        return waits_of(tmp_path / name)
+
+    batch = data.Batches.batch
+    run("first", 0.0, 0.0)  # the tokens are cached from here on
+    assert run("overlapped", 0.1, 0.3) < 0.1 * 6 * 0.3
+    assert run("slow", 0.3, 0.0) > 0.5 * 6 * 0.3
+
+
 # Out
 
 
