@@ -18,7 +18,9 @@ from safetensors.numpy import load_file
 
 import orpo_jax
 from orpo_jax import config as config_lib
-from orpo_jax import convert, train
+from orpo_jax import convert, data, train
+from orpo_jax import metrics as metrics_lib
+from orpo_jax import step as step_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
 TIME_FIELDS = ("tokens_per_second", "pairs_per_second", "eval_runtime", "peak_memory_gb", "data_wait_seconds",
@@ -241,6 +243,139 @@ def test_a_lost_last_checkpoint_is_trained_again(tmp_path, model_folder, rows):
     first = train.run(settings(tmp_path / "run", model_folder, **rows))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
     assert train.run(settings(tmp_path / "run", model_folder, **rows)) == first
+
+
+# Steps of full rows
+
+
+def watch_batches(monkeypatch):
+    """Returns a list that gets, of every batch handed to the devices, the row counts and the pairs' responses."""
+    seen, to_devices = [], data.to_devices
+
+    def watched(batch, mesh):
+        found = []
+        for group in batch.groups:
+            for row, slot in zip(*np.nonzero(group.rows.pair_weights.any(-1)), strict=True):
+                rows = jax.tree.map(lambda x, row=row, slot=slot: x[row, slot], group.rows)
+                for pair in np.flatnonzero(rows.pair_weights):
+                    found.append(tuple(tuple(rows.targets[rows.segments == 2 * pair + side].tolist())
+                                       for side in (1, 2)))
+        seen.append((tuple(int(group.num_micro) for group in batch.groups), found))
+        return to_devices(batch, mesh)
+
+    monkeypatch.setattr(data, "to_devices", watched)
+    return seen
+
+
+FULL_ROWS = dict(train__rows_per_step=2, train__max_steps=-1, train__num_train_epochs=4.0, data__row_length=192,
+                 optim__learning_rate=3e-3, log__logging_steps=1, eval__eval_strategy="no")
+
+
+def test_steps_of_full_rows_train_on_every_pair_once_an_epoch(tmp_path, model_folder, rows, monkeypatch):
+    seen = watch_batches(monkeypatch)
+    last = train.run(settings(tmp_path / "run", model_folder, **rows | FULL_ROWS))
+    pairs = [pair for _, members in seen for pair in members]
+    assert len(pairs) == 4 * 30 and len(set(pairs)) == 30
+    assert all(len(set(pairs[epoch * 30:(epoch + 1) * 30])) == 30 for epoch in range(4))
+    # A step has as many pairs as fit, not batch_size.
+    assert max(len(members) for _, members in seen) > 4 and len({len(members) for _, members in seen}) > 1
+
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(seen) + 1))
+    for line in lines:
+        assert all(np.isfinite(value) for value in line.values()), line  # None is no number either
+    assert last["loss"] < 0.9 * lines[0]["loss"]
+    assert lines[-1]["num_tokens"] == 4 * lines[len(lines) // 4 - 1]["num_tokens"]
+    assert lines[-1]["epoch"] == 4.0
+
+
+def test_steps_of_full_rows_resume_bitwise(tmp_path, model_folder, rows):
+    changes = rows | FULL_ROWS | dict(eval__eval_strategy="epoch")
+    train.run(settings(tmp_path / "whole", model_folder, **changes))
+    for stop in (2, 7, None):  # in the first epoch, and in a later one
+        parts = settings(tmp_path / "parts", model_folder, **changes)
+        train.run(parts, on_step=lambda step, _, stop=stop: step == stop)
+        assert (tmp_path / "parts" / "hf").exists() == (stop is None)
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
+    a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+# What a step must not wait for
+
+
+def uneven_rows(count):
+    """Returns rows of which some are far longer than others, so that steps take different numbers of rows."""
+    rng = random.Random(0)
+    return [{"prompt": tiny.sentence(rng, 1, 3), "chosen": f" good {tiny.sentence(rng, 0, size)}",
+             "rejected": f" bad {tiny.sentence(rng, 0, size)}"} for size in rng.choices((1, 25), k=count)]
+
+
+def test_nothing_is_compiled_after_the_first_step(tmp_path, model_folder, one_device, monkeypatch):
+    seen, compiled = watch_batches(monkeypatch), []
+    config = settings(tmp_path / "run", model_folder, mesh__data=1, data__row_length=80, train__rows_per_device=1,
+                      train__max_steps=25, eval__eval_strategy="no")
+    counter = metrics_lib.CompileCounter()
+    with counter:
+        train.run(config, train_rows=uneven_rows(40), on_step=lambda *_: compiled.append(counter.compiled))
+    assert len({count for count, _ in seen}) > 2
+    assert len(compiled) == 25 and len(set(compiled)) == 1 and compiled[0] >= 1
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """Returns a list that gets the run's warnings."""
+    lines = []
+    monkeypatch.setattr(metrics_lib.log, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
+def longer_from(step, monkeypatch):
+    """Gives batches one more micro-batch of padding from a step on, as no batch of a run may."""
+    to_devices, count = data.to_devices, [0]
+
+    def changed(batch, mesh):
+        count[0] += 1
+        if count[0] >= step:
+            batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]) if x.ndim else x, batch)
+        return to_devices(batch, mesh)
+
+    monkeypatch.setattr(data, "to_devices", changed)
+
+
+def test_a_step_that_is_compiled_again_is_a_warning(tmp_path, model_folder, rows, one_device, warnings, monkeypatch):
+    """The run's step is compiled beforehand and would refuse such a batch: here it is not."""
+    monkeypatch.setattr(step_lib, "compile_to_fit", lambda make, remats, args, limit: (make("none"), "none", 0))
+    longer_from(5, monkeypatch)
+    train.run(settings(tmp_path / "run", model_folder, **rows, eval__eval_strategy="no", data__row_length=128))
+    assert [line.split(",")[0] for line in warnings] == ["step compiled again"]
+    assert warnings[0].endswith("the shapes or types of its arrays have changed")
+
+
+def test_a_compiled_step_refuses_a_batch_of_other_shapes(tmp_path, model_folder, rows, monkeypatch):
+    longer_from(5, monkeypatch)
+    with pytest.raises(TypeError, match="differ"):
+        train.run(settings(tmp_path / "run", model_folder, **rows, eval__eval_strategy="no", data__row_length=128))
+
+
+def waits_of(folder):
+    """Returns the seconds that the steps after the first line waited for their batches."""
+    return sum(json.loads(line)["data_wait_seconds"] for line in
+               (folder / "metrics.jsonl").read_text().splitlines()[1:])
+
+
+def test_batches_are_made_while_the_step_runs(tmp_path, model_folder, rows, one_device, monkeypatch):
+    """A step that takes longer than its batch waits for none; a batch that takes longer is waited for, and it shows."""
+    def run(name, batch_seconds, step_seconds):
+        monkeypatch.setattr(data.Batches, "batch", lambda self, step: (time.sleep(batch_seconds), batch(self, step))[1])
+        train.run(settings(tmp_path / name, model_folder, **rows, eval__eval_strategy="no", data__row_length=128,
+                           train__max_steps=8, log__logging_steps=2), on_step=lambda *_: time.sleep(step_seconds))
+        return waits_of(tmp_path / name)
+
+    batch = data.Batches.batch
+    run("first", 0.0, 0.0)  # the tokens are cached from here on
+    assert run("overlapped", 0.1, 0.3) < 0.1 * 6 * 0.3
+    assert run("slow", 0.3, 0.0) > 0.5 * 6 * 0.3
 
 
 # Out
