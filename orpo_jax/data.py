@@ -401,21 +401,26 @@ class Layout:
         raise AssertionError("a pair is longer than the longest row")
 
     def _proposals(self, sizes: np.ndarray) -> Iterator[Sequence[int]]:
-        """Yields micro-batches of each length, from the fewest positions on, the last one with a row for each pair.
+        """Yields micro-batches of each length, from the cheapest on, the last one with a row for each pair.
 
-        Packed, a step is so many micro-batches of the longest rows, and one of shorter rows for what is left: every
-        shard has the same rows, and without those a whole row of each would be lost to the rounding.
+        Packed, a step is so many micro-batches of the longest rows, and at most one of each shorter length for what is
+        left: every shard has the same rows, and without those a whole row of each would be lost to the rounding.
         """
         if not self.packing:
             counts = np.bincount(np.searchsorted(self.row_lengths, sizes[:, 0]), minlength=len(self.row_lengths))
             yield [-(-count // self.rows) for count in counts.tolist()]
             return
-        rooms, need = [np.array(self.room(length)) for length in self.row_lengths], sizes.sum(axis=0)
-        for full in range(int((need // (self.rows * rooms[-1])).max()), -(-len(sizes) // self.rows) + 1):
-            for tail in range(-1, len(rooms) - 1):
-                room = full * rooms[-1] + (rooms[tail] if tail >= 0 else 0)
-                if (self.rows * room >= need).all():
-                    yield [int(i == tail) for i in range(len(rooms) - 1)] + [full]
+        rooms, need = np.array([self.room(length) for length in self.row_lengths]), sizes.sum(axis=0)
+        least, most = int((need // (self.rows * rooms[-1])).max()), -(-len(sizes) // self.rows)
+        shorter = list(itertools.product((0, 1), repeat=len(rooms) - 1))
+        few = sorted(((*some, full) for full in range(least, least + 2) for some in shorter), key=self._cost)
+        yield from (counts for counts in few if (self.rows * (counts @ rooms) >= need).all())
+        yield from ((*shorter[0], full) for full in range(least + 2, max(least + 2, most) + 1))
+
+    def _cost(self, num_micro: Sequence[int], key_cost: float = 0.0) -> float:
+        """Returns what a step costs each device, in positions; see `cost`."""
+        return sum(n * (self.rows_per_device * length * (1 + key_cost * length / 2) + MICRO_BATCH_COST)
+                   for n, length in zip(num_micro, self.row_lengths, strict=True))
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
         """Returns the micro-batches of each length; each gives every shard the same number of rows."""
@@ -427,9 +432,7 @@ class Layout:
     def cost(self, steps: Iterable[np.ndarray], key_cost: float) -> float:
         """Returns what such steps cost each device, in positions: those it computes, the keys that each of them reads
         at key_cost, half a row on average, and what a micro-batch costs beside."""
-        of_micro = np.array([self.rows_per_device * length * (1 + key_cost * length / 2) + MICRO_BATCH_COST
-                             for length in self.row_lengths])
-        return sum(float(of_micro @ self.num_micro(self.plan(step))) for step in steps)
+        return sum(self._cost(self.num_micro(self.plan(step)), key_cost) for step in steps)
 
     def fill(self, steps: Iterable[np.ndarray]) -> float:
         """Returns which share of the computed positions holds tokens, over steps of pairs of these sizes."""
@@ -480,9 +483,13 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                              f"{config.row_length}; set 'auto', or lower data.max_length")
         tops = {config.row_length}
     # Packed rows come short at a step's end only, others always: those have lengths for equal shares of the pairs.
-    shares = lambda top, n: np.arange(1, n) * top / n if config.packing else np.quantile(lengths, np.arange(1, n) / n)
-    row_lengths = sorted({tuple(sorted({*map(round_up, shares(top, n)), top})) for top in tops
-                          for n in ((1, 2, 4) if config.row_length == "auto" and rows_per_step is None else (1,))})
+    if config.packing:
+        shorter = lambda top: [[top / part for part in parts] for parts in ((), (2,), (2, 4), (4 / 3, 2, 4), (2, 4, 8))]
+    else:
+        shorter = lambda top: [np.quantile(lengths, np.arange(1, n) / n) for n in (1, 2, 4)]
+    one_length = config.row_length != "auto" or rows_per_step is not None
+    row_lengths = sorted({tuple(sorted({*map(round_up, some), top})) for top in tops
+                          for some in ([()] if one_length else shorter(top))})
     step_rows = rows_per_step or batch_size
 
     def candidates() -> Iterator[Layout]:

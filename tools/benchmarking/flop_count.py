@@ -42,7 +42,8 @@ def row_flops(model: Model, arch: Architecture, row_length: int) -> float:
     weight_VD = jax.ShapeDtypeStruct((arch.spec.vocab_size, arch.spec.d_model), jnp.float32)
     # In chunks the head is a loop too: it is counted whole, and the logits that chunks compute again are added.
     whole_head = model.head_settings._replace(chunks=1)
-    again = counted(head.logits, hidden_TD, weight_VD) if model.head_settings.chunks > 1 else 0.0
+    chunks = model.head_settings.chunks or head.num_chunks(row_length, arch.spec.vocab_size)
+    again = counted(head.logits, hidden_TD, weight_VD) if chunks > 1 else 0.0
 
     def count(arch: Architecture) -> float:
         one = dataclasses.replace(model, graph=weights.make_graph(arch), attention="xla", unroll=True,
