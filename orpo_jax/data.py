@@ -365,10 +365,10 @@ class Layout:
     max_pairs: int  # slots of the longest row
     branch_length: int  # positions of the longest branch with its trunk
     expanded_length: int  # Room.expanded of the longest row
-    scored_length: int | None  # Room.scored of the longest row; None: every position is scored
     max_rows: int  # rows that a step may need
     share_prompt: bool
-    packing: bool
+    packing: bool = True
+    scored_length: int | None = None  # Room.scored of the longest row; None: every position is scored
 
     @property
     def rows(self) -> int:
@@ -508,8 +508,8 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
             most = (CPU_MICRO_BATCH_TOKENS if on_cpu else MICRO_BATCH_TOKENS) // top
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, scored_length,
-                             step_rows, config.share_prompt, config.packing)
+                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
+                             config.share_prompt, config.packing, scored_length)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:
