@@ -118,7 +118,7 @@ def batch_of(drawn, pairs, packed, shared):
     sizes = np.array([[length_of(pair, shared), 1] for pair in pairs])
     if sizes[:, 0].max() > T:
         return None
-    plan = packing.pack(sizes, (T, SLOTS if packed else 1))
+    plan = [row for row in packing.pack(sizes, np.tile((T, SLOTS if packed else 1), (len(pairs), 1))) if row]
     if drawn.micro_batches > 1:  # a row to each
         plan = [row for one in plan for row in (one, *[[]] * (ROWS - 1))]
     rows = packing.build_rows(pairs, plan, num_rows=MICRO_BATCHES * ROWS, row_length=T, max_pairs=SLOTS,
