@@ -85,8 +85,15 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     return Steps(first, lambda i: take(batches, i)[2], count)
 
 
-def trl_layout_loss(arch: Architecture, settings: Settings, unroll: bool = False) -> Callable[..., jax.Array]:
-    """Returns the loss of (params, (ids [2B, T], and each sequence's length and how many of its tokens are prompt))."""
+Attend = Callable[[jax.Array, jax.Array], Callable]
+
+
+def trl_layout_loss(arch: Architecture, settings: Settings, attend_of: Attend | None = None,
+                    **options: Any) -> Callable[..., jax.Array]:
+    """Returns the loss of (params, (ids [2B, T], and each sequence's length and how many of its tokens are prompt)).
+
+    attend_of(ids, lengths) gives the attention function (by default XLA's causal one); options are the decoder's.
+    """
     graph, dtype = weights.make_graph(arch), jnp.dtype(settings.dtype)
 
     def loss_of(params: weights.Params, micro: tuple[jax.Array, ...]) -> jax.Array:
@@ -96,7 +103,8 @@ def trl_layout_loss(arch: Architecture, settings: Settings, unroll: bool = False
         cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(dtype), part)
                 for name, part in params.items()}
         module = nnx.merge(graph, cast)
-        hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT), unroll=unroll)
+        attend = attend_of(ids_BT, lengths_B) if attend_of is not None else causal_attention(positions_BT)
+        hidden_BTD, _ = module(ids_BT, positions_BT, attend, **options)
         logps_BTV = jax.nn.log_softmax(head.logits(hidden_BTD, module.unembedding())[:, :-1])
         logps_BT = jnp.take_along_axis(logps_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
         real_BT = positions_T[1:] < lengths_B[:, None]
