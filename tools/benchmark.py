@@ -62,8 +62,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PRESETS: dict[str, dict[str, Any]] = {
     "cpu-small": {"device": "cpu", "model": "small", "scale": 0.35, "steps": 3, "rounds": 2},
     "cpu-small-hh": {"device": "cpu", "model": "small", "lengths": "hh", "steps": 3, "rounds": 2},
-    "cpu-small-long-prompt": {"device": "cpu", "model": "small", "lengths": "long_prompt", "scale": 0.35, "steps": 3,
-                              "rounds": 2},
+    "cpu-small-long-prompt": {"device": "cpu", "model": "small", "lengths": "long_prompt", "scale": 0.35, "pairs": 32,
+                              "steps": 3, "rounds": 2},
     **{f"smollm2-{pairs}": {  # "": given beside the preset
         "device": "cpu", "model": "", "data": "", "max_length": 512, "pairs": pairs, "micro": 4, "steps": 3,
         "rounds": 2, "systems": "torch TRL; torch Liger; orpo_jax packed+shared"} for pairs in (4, 32)},
