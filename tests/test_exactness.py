@@ -42,7 +42,7 @@ OPTIONS = {"xla_backend_optimization_level": 0} | (
 def model_of(family):
     """Returns an architecture and its weights, among them biases that are not zero and norms that are not one."""
     arch, rng = architecture(FAMILIES[family], LONGEST), np.random.default_rng(0)
-    make = lambda path, x: (path.endswith("scale") + 0.3 * rng.normal(size=x.shape)).astype(np.float32)
+    make = lambda path, x: (path.endswith("scale") + 0.15 * rng.normal(size=x.shape)).astype(np.float32)
     return arch, nest({path: make(path, x) for path, x in flatten(weights.abstract_params(arch)).items()})
 
 
@@ -223,8 +223,8 @@ def expected_of(family, drawn, pairs):
 def assert_same(got, expected, level):
     """Everything within 1e-5; of a difference, of what it is the difference of.
 
-    A tensor's error may also be float32's rounding of the whole gradient: where a query sees one key, the gradients of
-    its score cancel, and what is left of them is a rounding error of what cancelled.
+    The gradients of scores cancel: those of a query that sees one key are zero, but for the rounding of what cancels.
+    Where little else is left of the gradients of q and k, that counts: a few roundings (6e-8) of the whole gradient.
     """
     (metrics, grads), (expected_metrics, expected_grads) = got, expected
     logp = max(abs(float(expected_metrics[f"logps/{side}"])) for side in ("chosen", "rejected"))
@@ -236,8 +236,9 @@ def assert_same(got, expected, level):
     assert set(grads) == set(expected_grads)
     for name, value in expected_grads.items():
         if np.linalg.norm(value) > 1e-6 * norm:
+            rounding = 3e-7 * norm if name.startswith(("layers/attn/q", "layers/attn/k")) else 0.0
             error = np.linalg.norm(grads[name] - value)
-            assert error <= 1e-5 * np.linalg.norm(value) + 1e-7 * norm, (name, error, np.linalg.norm(value), norm)
+            assert error <= 1e-5 * np.linalg.norm(value) + rounding, (name, error, np.linalg.norm(value), norm)
 
 
 def check(step, family, drawn):
