@@ -382,7 +382,7 @@ class Layout:
         return (*(1 if self.packing else most for _ in self.row_lengths[1:]), most)
 
     def room(self, row_length: int) -> Room:
-        """Returns what a row of one of the lengths has: its share of the longest row's, and all that one pair takes."""
+        """Returns what a row of one of the lengths has: its share of what the longest row has."""
         share = lambda whole, unit: -(-whole * row_length // (self.row_lengths[-1] * unit)) * unit
         scored = row_length if self.scored_length is None else min(share(self.scored_length, CPU_ROW_UNIT), row_length)
         return Room(row_length, share(self.max_pairs, 1), min(self.expanded_length, 2 * row_length), scored)
@@ -406,11 +406,11 @@ class Layout:
         Packed, a step is so many micro-batches of the longest rows, and at most one of each shorter length for what is
         left: every shard has the same rows, and without those a whole row of each would be lost to the rounding.
         """
-        if not self.packing:
-            counts = np.bincount(np.searchsorted(self.row_lengths, sizes[:, 0]), minlength=len(self.row_lengths))
-            yield [-(-count // self.rows) for count in counts.tolist()]
-            return
         rooms, need = np.array([self.room(length) for length in self.row_lengths]), sizes.sum(axis=0)
+        if not self.packing:  # each pair in the shortest row that has room for it
+            shortest = (sizes[:, None] <= rooms).all(axis=-1).argmax(axis=1)
+            yield [-(-count // self.rows) for count in np.bincount(shortest, minlength=len(rooms)).tolist()]
+            return
         least, most = int((need // (self.rows * rooms[-1])).max()), -(-len(sizes) // self.rows)
         shorter = list(itertools.product((0, 1), repeat=len(rooms) - 1))
         few = sorted(((*some, full) for full in range(least, least + 2) for some in shorter), key=self._cost)

@@ -430,6 +430,23 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
     assert fill >= 0.85
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_pair_lies_where_its_scored_positions_have_room(packing):
+    """Rows of long prompts and short responses, and a few pairs that are all response."""
+    rng = np.random.default_rng(0)
+    parts = np.concatenate([np.stack([rng.integers(100, 900, 60), *rng.integers(4, 40, (2, 60))], axis=1),
+                            np.stack([np.full(20, 2), *rng.integers(20, 300, (2, 20))], axis=1)])
+    layout = make_layout(Lengths(parts), DataConfig(train="rows", packing=packing), 16, "auto", 2, "cpu",
+                         nll_scope="completion")
+    sizes = rng.permutation(Lengths(parts).sizes(True))
+    for start in range(0, len(sizes), 16):
+        step = sizes[start:start + 16]
+        plan = layout.plan(step)
+        assert sorted(pair for rows in plan for row in rows for pair in row) == list(range(16))
+        for rows, length in zip(plan, layout.row_lengths, strict=True):
+            assert all((step[row].sum(axis=0) <= layout.room(length)).all() for row in rows)
+
+
 def test_what_is_made_ahead_comes_in_order_and_errors_come_through():
     made = list(data.ahead(lambda step: step * step, range(20)))
     assert [value for value, _ in made] == [step * step for step in range(20)]
