@@ -343,7 +343,7 @@ class BatchInfo(NamedTuple):
     @property
     def tokens(self) -> int:
         """Positions that hold a token."""
-        return int((self.branches @ (-1, 1, 1)).sum())
+        return packing.count_positions(self.branches)
 
 
 class Room(NamedTuple):

@@ -57,6 +57,11 @@ def branch_lengths(pairs: Iterable[Pair], share_prompt: bool) -> np.ndarray:
                      for pair in pairs])
 
 
+def count_positions(branches: np.ndarray) -> int:
+    """Returns the positions that pairs take of rows together; branches as branch_lengths returns them."""
+    return int((branches @ (-1, 1, 1)).sum())
+
+
 def pack(sizes_PC: np.ndarray, rooms_RC: np.ndarray) -> list[list[int]] | None:
     """Returns the pairs of each of R rows, or None where they do not fit: best fit decreasing, the same on every host.
 

@@ -149,7 +149,7 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                 ) -> tuple[Batches, step_lib.Model]:
         layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
-                                  flops.key_cost(arch) if attention == "xla" else 0.0)
+                                  flops.key_cost(arch, attention))
         return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
                 step_lib.make_model(arch, layout, dtype, config.orpo.beta, attention))
 

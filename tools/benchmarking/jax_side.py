@@ -52,7 +52,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     attention = kernels.choose("auto", platform, head_dim=arch.spec.head_dim, dtype=settings.dtype,
                                row_length=data.ROW_UNIT, windows=arch.spec.windows)
     layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
-                              key_cost=flops.key_cost(arch) if attention == "xla" else 0.0)
+                              key_cost=flops.key_cost(arch, attention))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (data.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 
