@@ -58,7 +58,7 @@ def llama_table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> Tab
         Weight("layers/mlp_norm/scale", "model.layers.{l}.post_attention_layernorm.weight", "d -> d"),
         *projection("mlp/gate", "mlp.gate_proj", "f d -> d f", "f -> f" if mlp_bias else None),
         *projection("mlp/up", "mlp.up_proj", "f d -> d f", "f -> f" if mlp_bias else None),
-        *projection("mlp/down", "mlp.down_proj", "d f -> f d", "d -> d" if mlp_bias else None),
+        *projection("mlp/down", "mlp.down_proj", "d f -> d f", "d -> d" if mlp_bias else None),
         Weight("final_norm/scale", "model.norm.weight", "d -> d"),
         *(() if tied else (Weight("unembed", "lm_head.weight", "v d -> v d"),)),
     )

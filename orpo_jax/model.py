@@ -38,7 +38,7 @@ _ATTENTION = jax.checkpoint_policies.save_from_both_policies(
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": jax.checkpoint_policies.save_from_both_policies(  # all but norms and activations
-        jax.checkpoint_policies.save_only_these_names("qkv", "mlp_in"), _ATTENTION),
+        jax.checkpoint_policies.save_only_these_names("qkv", "attn_sum", "mlp_in"), _ATTENTION),
     "attention": _ATTENTION,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -153,7 +153,7 @@ class GatedMlp(nnx.Module):
     def __init__(self, param: Param, path: str, activation: str):
         self.gate = Linear(param, f"{path}/gate", "btd,df->btf")
         self.up = Linear(param, f"{path}/up", "btd,df->btf")
-        self.down = Linear(param, f"{path}/down", "btf,fd->btd")
+        self.down = Linear(param, f"{path}/down", "btf,df->btd")
         self.activation = activation
 
     def __call__(self, x_BTD: Array) -> Array:
@@ -173,7 +173,7 @@ class Layer(nnx.Module):
     def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
         y_BTD, cache = self.attn(self.attn_norm(x_BTD), rotation, window, attend, cache)
-        x_BTD = x_BTD + y_BTD
+        x_BTD = checkpoint_name(x_BTD + y_BTD, "attn_sum")
         return shard_rows(x_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
 
 
