@@ -80,8 +80,8 @@ def _logits(graph: nnx.GraphDef, params: weights.Params, ids_BT: jax.Array) -> j
     module = nnx.merge(graph, params)
     positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
     with head.precision(module.dtype):
-        hidden_BTD, _ = module(ids_BT, positions_BT, causal_attention(positions_BT))
-        return head.logits(hidden_BTD, module.unembedding())
+        hidden_BTD, _, _ = module(ids_BT, positions_BT, causal_attention(positions_BT, module.spec.attn_softcap))
+        return head.logits(hidden_BTD, *module.unembedding(), softcap=module.spec.logit_softcap)
 
 
 def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:
@@ -113,7 +113,7 @@ def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: 
     arch = architecture(pretrained.config, max_length or 1, pretrained.rows_needed)
     if found is None:
         params = weights.load_params(pretrained.folder, arch, dtype=jnp.dtype(dtype))
-        dtypes = weights.tensor_dtypes(weights.find_tensors(pretrained.folder))
+        dtypes = weights.tensor_dtypes(pretrained.folder, arch)
     else:
         mesh = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh),

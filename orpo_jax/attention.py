@@ -142,12 +142,12 @@ def _backward(softcap: float | None, residuals: tuple, dout_BTNH: Array) -> tupl
 _in_blocks.defvjp(_forward, _backward)
 
 
-def causal_attention(positions_BT: Array):
+def causal_attention(positions_BT: Array, softcap: float | None = None):
     """Returns the attention function of ordinary sequences, one to a row from position 0."""
-    return row_attention(positions_BT, jnp.full_like(positions_BT, positions_BT.shape[1]))
+    return row_attention(positions_BT, jnp.full_like(positions_BT, positions_BT.shape[1]), softcap)
 
 
-def cached_attention(start: Array | int, padding_B: Array):
+def cached_attention(start: Array | int, padding_B: Array, softcap: float | None = None):
     """Returns the attention function of generation: queries from cache slot `start` on, over a [B, S, K, H] cache.
 
     padding_B: how many slots at the start of each row are padding, since prompts are left-padded.
@@ -162,6 +162,6 @@ def cached_attention(start: Array | int, padding_B: Array):
             mask_BTS &= (queries_T[:, None] - slots_S < window)[None]
         # A padding query sees nothing: it attends to itself, and nobody reads it.
         mask_BTS |= (slots_S == queries_T[:, None])[None]
-        return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS), (k_BSKH, v_BSKH)
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask_BTS, softcap), (k_BSKH, v_BSKH)
 
     return call

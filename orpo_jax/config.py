@@ -104,9 +104,14 @@ class OrpoConfig:
     nll_scope: Literal["sequence", "completion"] = "sequence"
     # Whether the NLL is a mean over the step's tokens (TRL), or over its sequences' means (the paper).
     nll_reduction: Literal["token", "sequence"] = "token"
+    # Weight of the load-balancing loss of a mixture of experts. None: what config.json says, where it also has
+    # output_router_logits, as TRL does; else 0.
+    router_aux_loss_coef: float | None = None
 
     def __post_init__(self):
         check(self.beta >= 0, "orpo.beta", "must be at least 0", self.beta)
+        coef = self.router_aux_loss_coef
+        check(coef is None or coef >= 0, "orpo.router_aux_loss_coef", "must be at least 0", coef)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +187,7 @@ class MeshConfig:
     data: int = free(1)
     fsdp: int = free(-1)
     tensor: int = free(1)
+    expert: int = free(1)
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -152,6 +152,7 @@ class Pairs(Sequence[Pair]):
 
     def __init__(self, table: pa.Table, keep: np.ndarray):
         self.keep = keep
+        self.tail = 0  # of each pair, see packing.Pair
         self._flat, self._starts = {}, {}
         for side in ("chosen", "rejected"):
             column = table.column(f"{side}_ids").combine_chunks()
@@ -166,8 +167,10 @@ class Pairs(Sequence[Pair]):
     def __getitem__(self, index: int) -> Pair:  # type: ignore[override]
         row = self.keep[index]
         ids = [self._flat[side][slice(*self._starts[side][row:row + 2])] for side in ("chosen", "rejected")]
+        if self.tail:
+            ids = [np.append(some, np.zeros(self.tail, some.dtype)) for some in ids]
         return Pair(ids[0], ids[1], int(self._prompt["chosen"][row]), int(self._prompt["rejected"][row]),
-                    int(self._shared[row]))
+                    int(self._shared[row]), self.tail)
 
     def sequence_lengths(self) -> np.ndarray:
         """Returns the tokens of each whole sequence, [pairs, 2]: chosen, rejected."""
@@ -175,7 +178,7 @@ class Pairs(Sequence[Pair]):
 
     def lengths(self, share_prompt: bool) -> np.ndarray:
         """Returns the positions that each pair takes of a row."""
-        chosen, rejected = self.sequence_lengths().T
+        chosen, rejected = self.sequence_lengths().T + self.tail
         return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
 
     def sizes(self, share_prompt: bool) -> np.ndarray:
@@ -493,7 +496,7 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     step_rows = rows_per_step or batch_size
 
     def candidates() -> Iterator[Layout]:
-        branch_length = round_up(pairs.sequence_lengths().max() - 1)
+        branch_length = round_up(pairs.sequence_lengths().max() - 1 + pairs.tail)
         for some in row_lengths:
             top = some[-1]
             max_pairs = top // max(int(lengths.min()), 1) if config.packing else 1
@@ -606,8 +609,9 @@ class Batches:
                                 np.int32(num_micro)))
         count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.
-        counts = Counts(*(np.float32(count(weights) or 1) for weights in ("nll_weights", "pair_weights")))
         branches = packing.branch_lengths(pairs.values(), layout.share_prompt)
+        counts = Counts(nll_weight=np.float32(count("nll_weights") or 1), pairs=np.float32(count("pair_weights") or 1),
+                        inputs=np.float32(branches[:, 1:].sum()))
         return StepBatch(tuple(groups), counts), BatchInfo(layout.slots(layout.num_micro(plan)), branches)
 
 

@@ -2,30 +2,44 @@
 
 A table row says where a weight lives here, its name in HF's files and, as an einops pattern from HF's layout to ours,
 its axes. Import, export, shapes, initialisation, sharding and the weight-decay mask all follow from the rows.
-Axis letters: v vocabulary, d model, n query heads, k key/value heads, h head size, f mlp, l layers.
+Axis letters: v vocabulary, d model, n query heads, k key/value heads, h head size, f mlp, l layers, p learned
+positions, x experts, e an expert's mlp; s the parts of a fused tensor, of which a weight is one.
 """
 
 import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from transformers import CONFIG_MAPPING
 
 from orpo_jax.model import ACTIVATIONS, Spec
-from orpo_jax.rope import make_rope
+from orpo_jax.rope import Rope, make_rope
+
+Config = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
     path: str  # ours; weights under layers/ have a leading axis l
-    hf: str  # HF's name, with {l} for the layer
+    hf: str  # HF's name, with {l} for the layer and {x} for the expert
     layout: str  # einops pattern, HF's layout -> ours
+    # Where HF's tensor is several weights in one: the letter along which it holds them, and the letters whose sizes
+    # add up to what comes before this one, and to the whole.
+    fused: str = ""
+    before: str = ""
+    whole: str = ""
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """The leading axes, along which HF's files have a tensor each."""
+        return tuple(axis for axis in ("l", "x") if f"{{{axis}}}" in self.hf)
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return (("l",) if "{l}" in self.hf else ()) + tuple(self.layout.split(" -> ")[1].split())
+        return self.stacked + tuple(self.layout.split(" -> ")[1].split())
 
     @property
     def decays(self) -> bool:
@@ -37,108 +51,375 @@ class Weight:
 
 
 Table = tuple[Weight, ...]
+TableOf = Callable[[Config], Table]
+
+# Layouts of linear maps: PyTorch's Linear has the output first, GPT-2's Conv1D the input.
+Q, K, O, UP, DOWN = "(n h) d -> d n h", "(k h) d -> d k h", "d (n h) -> n h d", "f d -> d f", "d f -> d f"
 
 
-def projection(path: str, hf: str, layout: str, bias: str | None = None) -> Table:
-    """Returns the rows of a linear map and, where `bias` gives its layout, of its bias."""
-    hf = f"model.layers.{{l}}.{hf}"
-    weight = Weight(f"layers/{path}/weight", f"{hf}.weight", layout)
-    return (weight, Weight(f"layers/{path}/bias", f"{hf}.bias", bias)) if bias else (weight,)
+def linear(path: str, hf: str, layout: str, bias: bool = False) -> Table:
+    """Returns the rows of a linear map and, where it has one, of its bias."""
+    weight = Weight(f"{path}/weight", f"{hf}.weight", layout)
+    return (weight, Weight(f"{path}/bias", f"{hf}.bias", bias_layout(path, layout))) if bias else (weight,)
 
 
-def llama_table(tied: bool, qkv_bias: bool, o_bias: bool, mlp_bias: bool) -> Table:
-    """Returns the table of Llama and the families that share its names (transformers' modeling_llama.py)."""
+def bias_layout(path: str, layout: str) -> str:
+    """Returns the layout of a linear map's bias: what the map makes is d at the end of a block, else what is not d."""
+    if path.endswith(("/o", "/down")):
+        return "d -> d"
+    made = layout.split(" -> ")[0].removeprefix("d ").removesuffix(" d")
+    return f"{made} -> {' '.join(letter for letter in made.strip('()').split() if letter != 's')}"
+
+
+def fused(hf: str, parts: Mapping[str, str], letters: str, bias: bool = False) -> Table:
+    """Returns the rows of linear maps that HF keeps in one tensor: {path: layout}, and the letter each is cut along."""
+    rows: list[Weight] = []
+    for i, (path, layout) in enumerate(parts.items()):
+        cut = {"fused": letters[i], "before": letters[:i], "whole": letters}
+        rows += [dataclasses.replace(row, **cut) for row in linear(path, hf, layout, bias)]
+    return tuple(rows)
+
+
+def norm(path: str, hf: str, bias: bool = False, layout: str = "d -> d") -> Table:
+    scale = Weight(f"{path}/scale", f"{hf}.weight", layout)
+    return (scale, Weight(f"{path}/bias", f"{hf}.bias", layout)) if bias else (scale,)
+
+
+def attention(qkv_bias: bool, o_bias: bool, o: str = "o_proj", hf: str = "self_attn") -> Table:
+    return (*linear("attn/q", f"{hf}.q_proj", Q, qkv_bias), *linear("attn/k", f"{hf}.k_proj", K, qkv_bias),
+            *linear("attn/v", f"{hf}.v_proj", K, qkv_bias), *linear("attn/o", f"{hf}.{o}", O, o_bias))
+
+
+def gated_mlp(bias: bool = False) -> Table:
+    return (*linear("mlp/gate", "mlp.gate_proj", UP, bias), *linear("mlp/up", "mlp.up_proj", UP, bias),
+            *linear("mlp/down", "mlp.down_proj", DOWN, bias))
+
+
+def plain_mlp(up: str, down: str, bias: bool, layouts: tuple[str, str] = (UP, DOWN)) -> Table:
+    return *linear("mlp/up", up, layouts[0], bias), *linear("mlp/down", down, layouts[1], bias)
+
+
+FUSED_GATED_MLP = (*fused("mlp.gate_up_proj", {"mlp/gate": UP, "mlp/up": UP}, "ff"),
+                   *linear("mlp/down", "mlp.down_proj", DOWN))
+
+
+def norms(hf_names: Mapping[str, str], bias: bool = False) -> Table:
+    """Returns the rows of a layer's norms: {path: HF's name}."""
+    return tuple(row for path, hf in hf_names.items() for row in norm(path, hf, bias))
+
+
+# A layer's norms: before attention and mlp; after them; both; one for both.
+PRE = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+POST = {"attn_post_norm": "post_attention_layernorm", "mlp_post_norm": "post_feedforward_layernorm"}
+BOTH = {"attn_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm", **POST}
+ONE = {"attn_norm": "input_layernorm"}
+GLM4 = {"attn_norm": "input_layernorm", "attn_post_norm": "post_self_attn_layernorm",
+        "mlp_norm": "post_attention_layernorm", "mlp_post_norm": "post_mlp_layernorm"}
+QK_NORMS = (*norm("attn/q_norm", "self_attn.q_norm", layout="h -> h"),
+            *norm("attn/k_norm", "self_attn.k_norm", layout="h -> h"))
+# Over all heads together.
+WIDE_QK_NORMS = (*norm("attn/q_norm", "self_attn.q_norm", layout="(n h) -> n h"),
+                 *norm("attn/k_norm", "self_attn.k_norm", layout="(k h) -> k h"))
+
+
+def decoder(config: Config, *layer: Weight, final: Table, prefix: str = "model", layers: str = "layers",
+            embed: str = "embed_tokens", positions: str | None = None, head: str = "lm_head",
+            head_bias: bool = False) -> Table:
+    """Returns the table of a decoder from its layer's rows, whose names are those within a layer."""
+    tied = config["tie_word_embeddings"]
     return (
-        Weight("embed", "model.embed_tokens.weight", "v d -> v d"),
-        Weight("layers/attn_norm/scale", "model.layers.{l}.input_layernorm.weight", "d -> d"),
-        *projection("attn/q", "self_attn.q_proj", "(n h) d -> d n h", "(n h) -> n h" if qkv_bias else None),
-        *projection("attn/k", "self_attn.k_proj", "(k h) d -> d k h", "(k h) -> k h" if qkv_bias else None),
-        *projection("attn/v", "self_attn.v_proj", "(k h) d -> d k h", "(k h) -> k h" if qkv_bias else None),
-        *projection("attn/o", "self_attn.o_proj", "d (n h) -> n h d", "d -> d" if o_bias else None),
-        Weight("layers/mlp_norm/scale", "model.layers.{l}.post_attention_layernorm.weight", "d -> d"),
-        *projection("mlp/gate", "mlp.gate_proj", "f d -> d f", "f -> f" if mlp_bias else None),
-        *projection("mlp/up", "mlp.up_proj", "f d -> d f", "f -> f" if mlp_bias else None),
-        *projection("mlp/down", "mlp.down_proj", "d f -> d f", "d -> d" if mlp_bias else None),
-        Weight("final_norm/scale", "model.norm.weight", "d -> d"),
-        *(() if tied else (Weight("unembed", "lm_head.weight", "v d -> v d"),)),
+        Weight("embed", f"{prefix}.{embed}.weight", "v d -> v d"),
+        *((Weight("positions", f"{prefix}.{positions}.weight", "p d -> p d"),) if positions else ()),
+        *(dataclasses.replace(row, path=f"layers/{row.path}", hf=f"{prefix}.{layers}.{{l}}.{row.hf}")
+          for row in layer),
+        *(dataclasses.replace(row, hf=f"{prefix}.{row.hf}") for row in final),
+        *(() if tied else (Weight("unembed", f"{head}.weight", "v d -> v d"),)),
+        *((Weight("unembed_bias", f"{head}.bias", "v -> v"),) if head_bias else ()),
     )
 
 
-# The fields of config.json that `llama_spec` and the tables use.
-LLAMA_FIELDS = frozenset({
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
-    "rope_theta", "rope_scaling", "tie_word_embeddings",
-})
+FINAL = norm("final_norm", "norm")
 
 
-def llama_spec(config: Mapping[str, Any], max_length: int, windows: tuple[int | None, ...] | None = None) -> Spec:
-    """Returns the spec of Llama's fields. max_length: the longest sequence of the run (see rope.py)."""
-    heads, positions = config["num_attention_heads"], config["max_position_embeddings"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if config["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, "
-                         f"got {config['hidden_act']!r}")
-    kv_heads = config.get("num_key_value_heads") or heads
+def llama_like(*, qkv_bias: bool | str = False, o_bias: bool | str = False, mlp_bias: bool | str = False,
+               block: Mapping[str, str] = PRE, mlp: Table | None = None, extra: Table = ()) -> TableOf:
+    """Returns the table, as a function of the config, of families with Llama's names; a bias may be a field's name."""
+    def table(config: Config) -> Table:
+        has = lambda bias: config[bias] if isinstance(bias, str) else bias
+        return decoder(config, *norms(block), *attention(has(qkv_bias), has(o_bias)), *extra,
+                       *(gated_mlp(has(mlp_bias)) if mlp is None else mlp), final=FINAL)
+
+    return table
+
+
+def experts(config: Config, router: str, names: str, gate: str, up: str, down: str) -> Table:
+    """Returns the rows of a mixture of experts, and of the shared one where the config gives it a size."""
+    shared = "shared_expert_intermediate_size" in config
+    return (Weight("mlp/router", f"{router}.weight", "x d -> d x"),
+            *(Weight(f"mlp/{path}", f"{names}.{{x}}.{hf}.weight", layout)
+              for path, hf, layout in (("gate", gate, "e d -> d e"), ("up", up, "e d -> d e"),
+                                       ("down", down, "d e -> d e"))),
+            *(dataclasses.replace(row, path=row.path.replace("mlp/", "mlp/shared/"),
+                                  hf=row.hf.replace("mlp.", "mlp.shared_expert.")) for row in gated_mlp() if shared),
+            *((Weight("mlp/shared_gate", "mlp.shared_expert_gate.weight", "s d -> d"),) if shared else ()))
+
+
+def mixtral_table(config: Config) -> Table:
+    block = "block_sparse_moe"
+    return decoder(config, *norms(PRE), *attention(False, False),
+                   *experts(config, f"{block}.gate", f"{block}.experts", "w1", "w3", "w2"), final=FINAL)
+
+
+def qwen_moe_table(config: Config) -> Table:
+    qwen3 = "qkv_bias" not in config
+    bias, o_bias = (config["attention_bias"],) * 2 if qwen3 else (config["qkv_bias"], False)
+    return decoder(config, *norms(PRE), *attention(bias, o_bias), *(QK_NORMS if qwen3 else ()),
+                   *experts(config, "mlp.gate", "mlp.experts", "gate_proj", "up_proj", "down_proj"), final=FINAL)
+
+
+def opt_table(config: Config) -> Table:
+    bias = config["enable_bias"]
+    return decoder(config, *norms({"attn_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm"}, bias=True),
+                   *attention(bias, bias, "out_proj"), *plain_mlp("fc1", "fc2", bias),
+                   final=norm("final_norm", "final_layer_norm", bias=True), prefix="model.decoder",
+                   positions="embed_positions")
+
+
+def gpt2_table(config: Config) -> Table:
+    qkv = {"attn/q": "d (n h) -> d n h", "attn/k": "d (k h) -> d k h", "attn/v": "d (k h) -> d k h"}
+    return decoder(config, *norms({"attn_norm": "ln_1", "mlp_norm": "ln_2"}, bias=True),
+                   *fused("attn.c_attn", qkv, "nkk", bias=True),
+                   *linear("attn/o", "attn.c_proj", "(n h) d -> n h d", bias=True),
+                   *plain_mlp("mlp.c_fc", "mlp.c_proj", True, ("d f -> d f", "f d -> d f")),
+                   final=norm("final_norm", "ln_f", bias=True), prefix="transformer", layers="h", embed="wte",
+                   positions="wpe")
+
+
+def gptj_table(config: Config) -> Table:
+    return decoder(config, *norms({"attn_norm": "ln_1"}, bias=True), *attention(False, False, "out_proj", "attn"),
+                   *plain_mlp("mlp.fc_in", "mlp.fc_out", True), final=norm("final_norm", "ln_f", bias=True),
+                   prefix="transformer", layers="h", embed="wte", head_bias=True)
+
+
+def gpt_neox_table(config: Config) -> Table:
+    qkv = {"attn/q": "(n s h) d -> d n h", "attn/k": "(k s h) d -> d k h", "attn/v": "(k s h) d -> d k h"}
+    bias = config["attention_bias"]
+    return decoder(config, *norms(PRE, bias=True), *fused("attention.query_key_value", qkv, "sss", bias),
+                   *linear("attn/o", "attention.dense", O, bias),
+                   *plain_mlp("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", True),
+                   final=norm("final_norm", "final_layer_norm", bias=True), prefix="gpt_neox", embed="embed_in",
+                   head="embed_out")
+
+
+def phi_table(config: Config) -> Table:
+    return decoder(config, *norms(ONE, bias=True), *attention(True, True, "dense"),
+                   *plain_mlp("mlp.fc1", "mlp.fc2", True), final=norm("final_norm", "final_layernorm", bias=True),
+                   head_bias=True)
+
+
+def phi3_table(config: Config) -> Table:
+    return decoder(config, *norms(PRE), *fused("self_attn.qkv_proj", {"attn/q": Q, "attn/k": K, "attn/v": K}, "nkk"),
+                   *linear("attn/o", "self_attn.o_proj", O), *FUSED_GATED_MLP, final=FINAL)
+
+
+def starcoder2_table(config: Config) -> Table:
+    bias = config["use_bias"]
+    return decoder(config, *norms(PRE, bias=True), *attention(bias, bias), *plain_mlp("mlp.c_fc", "mlp.c_proj", bias),
+                   final=norm("final_norm", "norm", bias=True))
+
+
+def stablelm_table(config: Config) -> Table:
+    return decoder(config, *norms(ONE if config["use_parallel_residual"] else PRE, bias=True),
+                   *attention(config["use_qkv_bias"], False), *gated_mlp(),
+                   final=norm("final_norm", "norm", bias=True))
+
+
+# Specs
+
+
+def spec_of(config: Config, max_length: int, *, partial: bool = False, **changes: Any) -> Spec:
+    """Returns the spec of the fields that most families have, under any of their names, with the family's changes.
+
+    max_length: the longest sequence of the run (see rope.py). partial: whether heads may be rotated in part.
+    """
+    def field(*names: str) -> Any:
+        return next((config[name] for name in names if config.get(name) is not None), None)
+
+    d_model, heads, num_layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
+    head_dim, kv_heads = config.get("head_dim") or d_model // heads, config.get("num_key_value_heads") or heads
+    activation = field("hidden_activation", "hidden_act", "activation_function")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if heads % kv_heads:
         raise ValueError(f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads, "
                          f"got {kv_heads}")
-    rope = make_rope(config["rope_parameters"], head_dim, positions, max_length)
-    return Spec(
-        vocab_size=config["vocab_size"],
-        d_model=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        d_mlp=config["intermediate_size"],
-        norm_eps=config["rms_norm_eps"],
-        activation=config["hidden_act"],
-        rope=rope,
-        max_positions=max(positions, rope.reach or 0),
-        windows=windows or (None,) * config["num_hidden_layers"],
-    )
+    ropes = changes.pop("ropes", None) or layer_ropes(config, head_dim, max_length, partial)
+    reach = max((rope.reach or 0 for rope in ropes if rope is not None), default=0)
+    values = dict(
+        vocab_size=config["vocab_size"], d_model=d_model, num_layers=num_layers, num_heads=heads,
+        num_kv_heads=kv_heads, head_dim=head_dim, d_mlp=field("intermediate_size", "ffn_dim", "n_inner") or 4 * d_model,
+        norm_eps=field("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), activation=activation,
+        max_positions=max(config["max_position_embeddings"], reach), windows=layer_windows(config), ropes=ropes)
+    return Spec(**{**values, **changes})
 
 
-def mistral_spec(config: Mapping[str, Any], max_length: int) -> Spec:
-    return llama_spec(config, max_length, (config["sliding_window"],) * config["num_hidden_layers"])
+def layer_windows(config: Config) -> tuple[int | None, ...]:
+    """Returns the sliding window of each layer; ValueError for a kind of layer that has none of the two."""
+    window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
+    kinds = config.get("layer_types") or ["sliding_attention" if window else "full_attention"] * num_layers
+    windows = {"full_attention": None, "sliding_attention": window}
+    if unknown := sorted(set(kinds) - set(windows)):
+        raise ValueError(f"config.json: layer_types must be of {', '.join(windows)}, got {', '.join(unknown)}")
+    return tuple(windows[kind] for kind in kinds)
 
 
-def qwen2_spec(config: Mapping[str, Any], max_length: int) -> Spec:
-    windows = {"full_attention": None, "sliding_attention": config["sliding_window"]}
-    return llama_spec(config, max_length, tuple(windows[kind] for kind in config["layer_types"]))
+def layer_ropes(config: Config, head_dim: int, max_length: int, partial: bool) -> tuple[Rope | None, ...]:
+    """Returns the rope of each layer: one for all, or one for each kind of layer."""
+    settings, num_layers = config.get("rope_parameters"), config["num_hidden_layers"]
+    if settings is None:
+        return (None,) * num_layers
+    make = lambda some: make_rope(some, head_dim, config["max_position_embeddings"], max_length, partial=partial)
+    if "rope_theta" in settings:
+        return (make(settings),) * num_layers
+    by_kind = {kind: make(some) for kind, some in settings.items() if kind in config["layer_types"]}
+    return tuple(by_kind[kind] for kind in config["layer_types"])
+
+
+def gemma_spec(config: Config, max_length: int) -> Spec:
+    scalar = config.get("query_pre_attn_scalar")
+    return spec_of(config, max_length, norm="unit_rms", embed_scale=config["hidden_size"]**0.5,
+                   attn_scale=scalar and scalar**-0.5, attn_softcap=config.get("attn_logit_softcapping"),
+                   logit_softcap=config.get("final_logit_softcapping"))
+
+
+def smollm3_spec(config: Config, max_length: int) -> Spec:
+    spec = spec_of(config, max_length)
+    turned = zip(spec.ropes, config["no_rope_layers"], strict=True)
+    return dataclasses.replace(spec, ropes=tuple(rope if has_rope else None for rope, has_rope in turned))
+
+
+def granite_spec(config: Config, max_length: int) -> Spec:
+    return spec_of(config, max_length, embed_scale=config["embedding_multiplier"],
+                   attn_scale=config["attention_multiplier"], residual_scale=config["residual_multiplier"],
+                   logit_scale=1 / config["logits_scaling"])
+
+
+def cohere_spec(config: Config, max_length: int) -> Spec:
+    return spec_of(config, max_length, norm="layer", parallel=True, rope_interleaved=True,
+                   logit_scale=config["logit_scale"])
+
+
+def parallel_spec(config: Config, max_length: int) -> Spec:
+    return spec_of(config, max_length, norm="layer", partial=True, parallel=config["use_parallel_residual"])
+
+
+def opt_spec(config: Config, max_length: int) -> Spec:
+    if config["word_embed_proj_dim"] != config["hidden_size"]:
+        raise ValueError(f"config.json: word_embed_proj_dim must be hidden_size ({config['hidden_size']}), got "
+                         f"{config['word_embed_proj_dim']}; embeddings of another size are not supported")
+    return spec_of(config, max_length, norm="layer", norm_eps=1e-5, position_offset=2)
+
+
+def gptj_spec(config: Config, max_length: int) -> Spec:
+    rope = make_rope({"rope_theta": 10000.0}, config["rotary_dim"] or config["hidden_size"], 0, max_length)
+    return spec_of(config, max_length, norm="layer", parallel=True, rope_interleaved=True,
+                   ropes=(rope,) * config["num_hidden_layers"])
+
+
+def moe_spec(config: Config, max_length: int, **changes: Any) -> Spec:
+    counts = [config[name] for name in ("num_local_experts", "num_experts") if config.get(name) is not None]
+    if len(set(counts)) != 1:
+        raise ValueError(f"config.json: num_experts and num_local_experts must be one number, got {counts}")
+    # As TRL has it: a config that does not ask for the routers' logits has no loss of them.
+    coef = config["router_aux_loss_coef"] if config["output_router_logits"] else 0.0
+    return spec_of(config, max_length, num_experts=counts[0], experts_per_token=config["num_experts_per_tok"],
+                   d_expert=config.get("moe_intermediate_size") or config["intermediate_size"],
+                   d_mlp=config.get("shared_expert_intermediate_size") or config["intermediate_size"],
+                   router_aux_loss_coef=coef, **changes)
+
+
+def qwen_moe_spec(config: Config, max_length: int) -> Spec:
+    return moe_spec(config, max_length, renormalise_experts=config["norm_topk_prob"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    spec: Callable[[Mapping[str, Any], int], Spec]
-    table: Callable[[Mapping[str, Any]], Table]
-    fields: frozenset[str]
+    spec: Callable[..., Spec]  # of the config and the longest sequence
+    table: TableOf
+    fields: frozenset[str]  # of config.json that the two use, beside COMMON_FIELDS
 
+
+def family(table: TableOf, fields: str = "", spec: Callable[..., Spec] = spec_of,
+           **changes: Any) -> Family:
+    return Family(partial(spec, **changes), table, frozenset(fields.split()))
+
+
+# Fields of config.json that spec_of and the tables read, under HF's common names or a family's own.
+ROPE_FIELDS = {"rope_parameters", "rope_theta", "rope_scaling"}
+COMMON_FIELDS = frozenset({
+    "vocab_size", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head",
+    "num_key_value_heads", "head_dim", "intermediate_size", "ffn_dim", "n_inner", "hidden_act", "hidden_activation",
+    "activation_function", "max_position_embeddings", "n_positions", "rms_norm_eps", "layer_norm_eps",
+    "layer_norm_epsilon", "norm_epsilon", "tie_word_embeddings", *ROPE_FIELDS,
+})
+WINDOW_FIELDS = "use_sliding_window sliding_window max_window_layers layer_types"
+MOE_FIELDS = "head_dim num_experts_per_tok output_router_logits router_aux_loss_coef"
+GEMMA2_FIELDS = "query_pre_attn_scalar sliding_window layer_types final_logit_softcapping"
 
 FAMILIES = {
-    "llama": Family(
-        llama_spec,
-        lambda c: llama_table(c["tie_word_embeddings"], c["attention_bias"], c["attention_bias"], c["mlp_bias"]),
-        LLAMA_FIELDS | {"attention_bias", "mlp_bias"}),
-    "mistral": Family(
-        mistral_spec,
-        lambda c: llama_table(c["tie_word_embeddings"], False, False, False),
-        LLAMA_FIELDS | {"sliding_window"}),
-    "qwen2": Family(
-        qwen2_spec,
-        lambda c: llama_table(c["tie_word_embeddings"], True, False, False),
-        LLAMA_FIELDS | {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}),
+    "llama": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+                    "attention_bias mlp_bias"),
+    "mistral": family(llama_like(), "sliding_window"),
+    "qwen2": family(llama_like(qkv_bias=True), f"head_dim {WINDOW_FIELDS}"),
+    "qwen3": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", extra=QK_NORMS),
+                    f"attention_bias {WINDOW_FIELDS}"),
+    "gemma": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias"), "attention_bias", gemma_spec),
+    "gemma2": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=BOTH),
+                     f"attention_bias attn_logit_softcapping {GEMMA2_FIELDS}", gemma_spec),
+    "gemma3_text": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=BOTH, extra=QK_NORMS),
+                          f"attention_bias {GEMMA2_FIELDS}", gemma_spec),
+    "phi": family(phi_table, "head_dim", norm="layer", parallel=True, partial=True),
+    "phi3": family(phi3_table, "head_dim sliding_window original_max_position_embeddings", partial=True),
+    "opt": family(opt_table, "enable_bias word_embed_proj_dim", opt_spec),
+    "gpt2": family(gpt2_table, norm="layer"),
+    "gptj": family(gptj_table, "rotary_dim", gptj_spec),
+    "gpt_neox": family(gpt_neox_table, "use_parallel_residual attention_bias", parallel_spec),
+    "olmo2": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=POST, extra=WIDE_QK_NORMS),
+                    "head_dim attention_bias"),
+    "olmo3": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=POST, extra=WIDE_QK_NORMS),
+                    "head_dim attention_bias sliding_window layer_types"),
+    "smollm3": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+                      "head_dim attention_bias mlp_bias no_rope_layers no_rope_layer_interval "
+                      f"{WINDOW_FIELDS}", smollm3_spec),
+    "granite": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+                      "head_dim attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
+                      "attention_multiplier", granite_spec),
+    "starcoder2": family(starcoder2_table, "head_dim sliding_window use_bias", norm="layer"),
+    "stablelm": family(stablelm_table, "use_parallel_residual use_qkv_bias", parallel_spec),
+    "cohere": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=ONE),
+                     "head_dim attention_bias logit_scale", cohere_spec),
+    "mixtral": family(mixtral_table, f"{MOE_FIELDS} sliding_window num_local_experts", moe_spec,
+                      renormalise_experts=True),
+    "qwen2_moe": family(qwen_moe_table, f"{MOE_FIELDS} {WINDOW_FIELDS} num_experts moe_intermediate_size qkv_bias "
+                        "shared_expert_intermediate_size norm_topk_prob", qwen_moe_spec),
+    "qwen3_moe": family(qwen_moe_table, f"{MOE_FIELDS} {WINDOW_FIELDS} num_experts num_local_experts attention_bias "
+                        "moe_intermediate_size norm_topk_prob", qwen_moe_spec),
+    "glm": family(llama_like(qkv_bias="attention_bias", mlp=FUSED_GATED_MLP), "attention_bias", partial=True,
+                  rope_interleaved=True),
+    "glm4": family(llama_like(qkv_bias="attention_bias", mlp=FUSED_GATED_MLP, block=GLM4), "attention_bias",
+                   partial=True, rope_interleaved=True),
 }
 
-# Fields that change no number of training: names, token ids, and settings of generation, of initialisation and of
-# dropout (which is off, as in TRL) and of how PyTorch lays the work out.
+# Fields that change no number of training: names, token ids, and settings of generation, of initialisation, of dropout
+# (which is off, as in TRL), of other heads, and of how PyTorch lays the work out.
 INERT_FIELDS = frozenset({
-    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
-    "eos_token_id", "hidden_dropout", "id2label", "initializer_range", "is_encoder_decoder", "label2id", "max_length",
+    "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
+    "classifier_dropout", "dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "hidden_dropout",
+    "id2label", "init_std", "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "max_length",
     "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "return_dict", "torch_dtype", "transformers_version", "unk_token_id", "use_cache", "use_return_dict",
-    "transformers.js_config", "is_llama_config", "rope_interleaved",
+    "resid_pdrop", "residual_dropout", "return_dict", "rope_interleaved", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype",
+    "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "use_return_dict",
 })
 
 
@@ -165,12 +446,14 @@ def architecture(config: Mapping[str, Any], max_length: int, min_rows: int = 0) 
     full = complete(config)
     model_type = full["model_type"]
     family, defaults = FAMILIES[model_type], CONFIG_MAPPING[model_type]().to_dict()
-    for field in sorted(set(full) - family.fields - INERT_FIELDS):
+    for field in sorted(set(full) - family.fields - (COMMON_FIELDS & {*defaults, *ROPE_FIELDS}) - INERT_FIELDS):
         if not field.startswith("_") and (field not in defaults or full[field] != defaults[field]):
             raise ValueError(f"config.json: the field {field!r} is not supported for {model_type}, "
                              f"got {full[field]!r}; take it out if it changes no number of the model")
     added_rows = max(0, min_rows - full["vocab_size"])
     full["vocab_size"] += added_rows
+    # Some families have names of their own for what others call hidden_size, and so on.
+    full |= {name: full[own] for name, own in CONFIG_MAPPING[model_type].attribute_map.items() if own in full}
     return Architecture(family.spec(full, max_length), family.table(full), {**config, "vocab_size": full["vocab_size"]},
                         added_rows)
 

@@ -25,8 +25,10 @@ def peak_flops(device_kind: str) -> float | None:
 def matmul_weights(arch: Architecture) -> int:
     """Returns how many weights each token is multiplied with: the layers' matrices, and the head's even if tied."""
     spec = arch.spec
-    matrices = [weight for weight in arch.table if weight.decays and weight.path not in ("embed", "unembed")]
-    return sum(math.prod(weight.shape(spec.sizes)) for weight in matrices) + spec.vocab_size * spec.d_model
+    matrices = [weight for weight in arch.table if weight.decays and weight.path.startswith("layers/")]
+    sizes = spec.sizes
+    used = lambda weight: sizes | {"x": spec.experts_per_token} if "x" in weight.stacked else sizes
+    return sum(math.prod(weight.shape(used(weight))) for weight in matrices) + spec.vocab_size * spec.d_model
 
 
 def key_cost(arch: Architecture, attention: str) -> float:

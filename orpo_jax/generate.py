@@ -43,8 +43,9 @@ def _generate(graph: nnx.GraphDef, params: Any, ids_BT: Array, padding_B: Array,
 
     def forward(ids_BT: Array, start: Array | int, cache: Any) -> tuple[Array, Any]:
         positions_BT = jnp.maximum(start + jnp.arange(ids_BT.shape[1]) - padding_B[:, None], 0)
-        hidden_BTD, cache = module(ids_BT, positions_BT, cached_attention(start, padding_B), cache)
-        return head.logits(hidden_BTD[:, -1:], module.unembedding())[:, 0], cache
+        attend = cached_attention(start, padding_B, spec.attn_softcap)
+        hidden_BTD, cache, _ = module(ids_BT, positions_BT, attend, cache)
+        return head.logits(hidden_BTD[:, -1:], *module.unembedding(), softcap=spec.logit_softcap)[:, 0], cache
 
     def sample(logits_BV: Array, step: Array | int) -> Array:
         drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / jnp.maximum(temperature, 1e-6))

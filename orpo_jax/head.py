@@ -61,6 +61,7 @@ class Counts(NamedTuple):
 
     nll_weight: Any  # float32, sum of nll_weights
     pairs: Any  # float32, pairs that count
+    inputs: Any = 1.0  # float32, input tokens of all sequences, prompts of both
 
 
 class Wanted(NamedTuple):

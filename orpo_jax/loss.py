@@ -124,6 +124,9 @@ def metrics(sums: Mapping[str, Any], *, beta: float) -> dict[str, Any]:
         "logps/chosen": logps["chosen"],
         "logps/rejected": logps["rejected"],
     }
+    if "aux_loss" in sums:
+        result["aux_loss"] = mean("aux_loss", "steps")
+        result["loss"] += mean("weighted_aux_loss", "steps")
     if "chosen_tokens" in sums:
         result |= {f"logits/{side}": mean(f"logits/{side}", f"{side}_tokens") for side in ("chosen", "rejected")}
     return result

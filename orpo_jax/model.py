@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from orpo_jax import kernels
+from orpo_jax import experts, kernels
 from orpo_jax import rope as rope_lib
 from orpo_jax.sharding import shard_rows
 
@@ -66,11 +66,33 @@ class Spec:
     d_mlp: int
     norm_eps: float
     activation: str
-    rope: rope_lib.Rope
     # The longest sequence that the positions reach.
     max_positions: int
-    # The sliding window of each layer, in tokens; None where a layer has none.
+    # The sliding window of each layer, in tokens, and its rope; None where a layer has none.
     windows: tuple[int | None, ...]
+    ropes: tuple[rope_lib.Rope | None, ...]
+    rope_interleaved: bool = False  # see rope.rotate
+    norm: str = "rms"  # a key of NORMS
+    # Whether attention and mlp read the same x; without a norm of its own, the mlp then reads attention's.
+    parallel: bool = False
+    # Where learned positions start in their table.
+    position_offset: int = 0
+    # What scores are multiplied with; None: head_dim ** -0.5.
+    attn_scale: float | None = None
+    # x becomes cap * tanh(x / cap), for scores and for logits.
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    # Factors of the embeddings, of what a layer adds, and of the logits.
+    embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    # A mixture of experts: how many, how many a token uses, their size, whether the weights of those add up to one,
+    # and how much the loss has of the load-balancing loss.
+    num_experts: int = 0
+    experts_per_token: int = 0
+    d_expert: int = 0
+    renormalise_experts: bool = False
+    router_aux_loss_coef: float = 0.0
 
     @property
     def mixed_windows(self) -> bool:
@@ -81,13 +103,22 @@ class Spec:
     def sizes(self) -> dict[str, int]:
         """The size of each axis letter of the weight tables."""
         return {"v": self.vocab_size, "d": self.d_model, "l": self.num_layers, "n": self.num_heads,
-                "k": self.num_kv_heads, "h": self.head_dim, "f": self.d_mlp}
+                "k": self.num_kv_heads, "h": self.head_dim, "f": self.d_mlp, "s": 1,
+                "x": self.num_experts, "e": self.d_expert,
+                "p": self.max_positions + self.position_offset}
 
 
-def rms_norm(x_BTD: Array, scale_D: Array, eps: float) -> Array:
-    x32 = x_BTD.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return scale_D * x32.astype(x_BTD.dtype)
+def _rms(x32: Array, axes: tuple[int, ...], eps: float) -> Array:
+    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+
+
+def _layer(x32: Array, axes: tuple[int, ...], eps: float) -> Array:
+    x32 -= jnp.mean(x32, axis=axes, keepdims=True)
+    return _rms(x32, axes, eps)
+
+
+# What makes x's size one, and what is added to the scale: Gemma's files hold its distance from one.
+NORMS = {"rms": (_rms, 0.0), "unit_rms": (_rms, 1.0), "layer": (_layer, 0.0)}
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -124,65 +155,124 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    def __init__(self, param: Param, path: str, eps: float):
-        self.scale = param(f"{path}/scale")
-        self.eps = eps
+    """A norm over as many of the last axes as its scale has; the identity where the family has none."""
 
-    def __call__(self, x_BTD: Array) -> Array:
-        assert self.scale is not None
-        return rms_norm(x_BTD, self.scale[...], self.eps)
+    def __init__(self, param: Param, path: str, spec: Spec):
+        self.scale = param(f"{path}/scale")
+        self.bias = param(f"{path}/bias")
+        self.kind, self.eps = spec.norm, spec.norm_eps
+
+    def __call__(self, x: Array) -> Array:
+        if self.scale is None:
+            return x
+        scale = self.scale[...].astype(jnp.float32)
+        normed, offset = NORMS[self.kind]
+        y = normed(x.astype(jnp.float32), tuple(range(-scale.ndim, 0)), self.eps) * (scale + offset)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    def __init__(self, param: Param, path: str):
+    def __init__(self, param: Param, path: str, spec: Spec):
         self.q = Linear(param, f"{path}/q", "btd,dnh->btnh")
         self.k = Linear(param, f"{path}/k", "btd,dkh->btkh")
         self.v = Linear(param, f"{path}/v", "btd,dkh->btkh")
         self.o = Linear(param, f"{path}/o", "btnh,nhd->btd")
+        self.q_norm = Norm(param, f"{path}/q_norm", spec)
+        self.k_norm = Norm(param, f"{path}/k_norm", spec)
+        self.rope_interleaved = spec.rope_interleaved
+        # Back ends scale scores by head_dim ** -0.5; what else is wanted is up to the queries.
+        self.q_scale = 1.0 if spec.attn_scale is None else spec.attn_scale * spec.head_dim**0.5
 
-    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
+    def __call__(self, x_BTD: Array, rotation: rope_lib.Rotation | None, window: Array | int | None, attend: Callable,
                  cache: Any) -> tuple[Array, Any]:
-        q_BTNH, k_BTKH, v_BTKH = checkpoint_name(
-            (rope_lib.rotate(self.q(x_BTD), *rotation), rope_lib.rotate(self.k(x_BTD), *rotation), self.v(x_BTD)),
-            "qkv")
+        q_BTNH, k_BTKH = self.q_norm(self.q(x_BTD)), self.k_norm(self.k(x_BTD))
+        if rotation is not None:
+            q_BTNH, k_BTKH = (rope_lib.rotate(x, rotation, self.rope_interleaved) for x in (q_BTNH, k_BTKH))
+        if self.q_scale != 1:
+            q_BTNH *= jnp.asarray(self.q_scale, q_BTNH.dtype)
+        q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, self.v(x_BTD)), "qkv")
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window, cache)
         return self.o(checkpoint_name(out_BTNH, "attn_out")), cache
 
 
-class GatedMlp(nnx.Module):
-    def __init__(self, param: Param, path: str, activation: str):
+class Mlp(nnx.Module):
+    """A gated mlp, or a plain one where the family has no gate."""
+
+    def __init__(self, param: Param, path: str, spec: Spec):
         self.gate = Linear(param, f"{path}/gate", "btd,df->btf")
         self.up = Linear(param, f"{path}/up", "btd,df->btf")
         self.down = Linear(param, f"{path}/down", "btf,df->btd")
-        self.activation = activation
+        self.activation = spec.activation
 
-    def __call__(self, x_BTD: Array) -> Array:
+    def __call__(self, x_BTD: Array, token_weights_BT: Array | None = None) -> tuple[Array, None]:
+        activate = ACTIVATIONS[self.activation]
+        if self.gate.weight is None:
+            return self.down(activate(checkpoint_name(self.up(x_BTD), "mlp_in"))), None
         gate_BTF, up_BTF = checkpoint_name((self.gate(x_BTD), self.up(x_BTD)), "mlp_in")
-        return self.down(ACTIVATIONS[self.activation](gate_BTF) * up_BTF)
+        return self.down(activate(gate_BTF) * up_BTF), None
+
+
+class Experts(nnx.Module):
+    """A mixture of experts, with an expert for every token where the family has one."""
+
+    def __init__(self, param: Param, path: str, spec: Spec):
+        self.router = param(f"{path}/router")
+        self.gate, self.up, self.down = (param(f"{path}/{name}") for name in ("gate", "up", "down"))
+        self.shared = Mlp(param, f"{path}/shared", spec)
+        self.shared_gate = param(f"{path}/shared_gate")
+        self.spec = spec
+
+    def __call__(self, x_BTD: Array, token_weights_BT: Array | None = None) -> tuple[Array, experts.Routed | None]:
+        """Returns the output and, given each token's weight in them, the router's statistics."""
+        spec = self.spec
+        assert self.router is not None and self.gate is not None and self.up is not None and self.down is not None
+        router_DX = self.router[...].astype(jnp.float32)
+        with jax.default_matmul_precision("float32"):
+            logits_BTX = jnp.einsum("btd,dx->btx", x_BTD.astype(jnp.float32), router_DX)
+        probs_BTX, weights_BTC, chosen_BTC = experts.route(logits_BTX, spec.experts_per_token, spec.renormalise_experts)
+        y_BTD = experts.mix(ACTIVATIONS[spec.activation], x_BTD, weights_BTC, chosen_BTC,
+                            (self.gate[...], self.up[...], self.down[...]))
+        if self.shared_gate is not None:
+            share_BT = jax.nn.sigmoid(jnp.einsum("btd,d->bt", x_BTD, self.shared_gate[...]))
+            y_BTD += share_BT[..., None] * self.shared(x_BTD)[0]
+        return y_BTD, None if token_weights_BT is None else experts.routed(probs_BTX, chosen_BTC, token_weights_BT)
 
 
 class Layer(nnx.Module):
     """One layer; its weights have a leading axis L until `lax.scan` takes it away."""
 
     def __init__(self, param: Param, path: str, spec: Spec):
-        self.attn_norm = Norm(param, f"{path}/attn_norm", spec.norm_eps)
-        self.attn = Attention(param, f"{path}/attn")
-        self.mlp_norm = Norm(param, f"{path}/mlp_norm", spec.norm_eps)
-        self.mlp = GatedMlp(param, f"{path}/mlp", spec.activation)
+        self.attn_norm = Norm(param, f"{path}/attn_norm", spec)
+        self.attn = Attention(param, f"{path}/attn", spec)
+        self.attn_post_norm = Norm(param, f"{path}/attn_post_norm", spec)
+        self.mlp_norm = Norm(param, f"{path}/mlp_norm", spec)
+        self.mlp = (Experts if spec.num_experts else Mlp)(param, f"{path}/mlp", spec)
+        self.mlp_post_norm = Norm(param, f"{path}/mlp_post_norm", spec)
+        self.parallel, self.residual_scale = spec.parallel, spec.residual_scale
 
-    def __call__(self, x_BTD: Array, rotation: tuple[Array, Array], window: Array | int | None, attend: Callable,
-                 cache: Any) -> tuple[Array, Any]:
-        y_BTD, cache = self.attn(self.attn_norm(x_BTD), rotation, window, attend, cache)
-        x_BTD = checkpoint_name(x_BTD + y_BTD, "attn_sum")
-        return shard_rows(x_BTD + self.mlp(self.mlp_norm(x_BTD))), cache
+    def __call__(self, x_BTD: Array, rotation: rope_lib.Rotation | None, window: Array | int | None, attend: Callable,
+                 cache: Any, token_weights_BT: Array | None) -> tuple[Array, Any, experts.Routed | None]:
+        def scaled(y_BTD: Array) -> Array:
+            return y_BTD if self.residual_scale == 1 else y_BTD * jnp.asarray(self.residual_scale, y_BTD.dtype)
+
+        normed_BTD = self.attn_norm(x_BTD)
+        y_BTD, cache = self.attn(normed_BTD, rotation, window, attend, cache)
+        sum_BTD = checkpoint_name(x_BTD + scaled(self.attn_post_norm(y_BTD)), "attn_sum")
+        mlp_in_BTD = self.mlp_norm(x_BTD if self.parallel else sum_BTD)
+        if self.parallel and self.mlp_norm.scale is None:
+            mlp_in_BTD = normed_BTD
+        y_BTD, routed = self.mlp(mlp_in_BTD, token_weights_BT)
+        return shard_rows(sum_BTD + scaled(self.mlp_post_norm(y_BTD))), cache, routed
 
 
 class Decoder(nnx.Module):
     def __init__(self, param: Param, spec: Spec):
         self.embed = param("embed")
+        self.positions = param("positions")
         self.layers = Layer(param, "layers", spec)
-        self.final_norm = Norm(param, "final_norm", spec.norm_eps)
+        self.final_norm = Norm(param, "final_norm", spec)
         self.unembed = param("unembed")
+        self.unembed_bias = param("unembed_bias")
         self.spec = spec
 
     @property
@@ -191,36 +281,49 @@ class Decoder(nnx.Module):
         assert self.final_norm.scale is not None
         return self.final_norm.scale[...].dtype
 
-    def unembedding(self) -> Array:
-        """Returns the head's weight [V, D]: the embedding's own where the two are tied."""
+    def unembedding(self) -> tuple[Array, Array | None]:
+        """Returns the head's weight [V, D], the embedding's own where the two are tied, and its bias [V] or None."""
         weight = self.embed if self.unembed is None else self.unembed
         assert weight is not None
-        return weight[...]
+        return weight[...], None if self.unembed_bias is None else self.unembed_bias[...]
 
     def __call__(self, ids_BT: Array, positions_BT: Array, attend: Callable, cache: Any = None, *,
-                 remat: str = "none", unroll: bool = False) -> tuple[Array, Any]:
-        """Returns the last hidden states [B, T, D] and the new cache.
+                 token_weights_BT: Array | None = None, remat: str = "none", unroll: bool = False
+                 ) -> tuple[Array, Any, experts.Routed | None]:
+        """Returns the last hidden states [B, T, D], scaled for the head, the new cache, and the routers' statistics.
 
-        remat: a key of REMAT. unroll: whether layers are laid out one by one, which compiles longer.
+        token_weights_BT: of each token in those; None, or a model without experts, makes none. remat: a key of REMAT.
+        unroll: whether layers are laid out one by one, which compiles longer.
 
         attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py); window is an int
         where all layers have the same one, which kernels want, and an array where they differ. cache: a pytree with a
         leading axis L, or None.
         """
+        spec = self.spec
         assert self.embed is not None
-        x_BTD = shard_rows(self.embed[...][ids_BT].astype(self.dtype))
-        rotation = rope_lib.angles(self.spec.rope, positions_BT)
+        x_BTD = self.embed[...][ids_BT].astype(self.dtype)
+        if spec.embed_scale != 1:
+            x_BTD *= jnp.asarray(spec.embed_scale, self.dtype)
+        if self.positions is not None:
+            x_BTD += self.positions[...][positions_BT + spec.position_offset].astype(self.dtype)
+        x_BTD = shard_rows(x_BTD)
+        rotation, rotations_L = rope_lib.rotations(spec.ropes, positions_BT)
         graph, weights_L = nnx.split(self.layers)
         windows_L = None
-        if self.spec.mixed_windows:
-            windows_L = jnp.array([window or jnp.iinfo(jnp.int32).max for window in self.spec.windows], jnp.int32)
+        if spec.mixed_windows:
+            windows_L = jnp.array([window or jnp.iinfo(jnp.int32).max for window in spec.windows], jnp.int32)
 
-        def layer(x_BTD: Array, scanned: Any) -> tuple[Array, Any]:
-            weights, window, cache = scanned
-            window = window if self.spec.mixed_windows else self.spec.windows[0]
-            return nnx.merge(graph, weights)(x_BTD, rotation, window, attend, cache)
+        def layer(x_BTD: Array, scanned: Any) -> tuple[Array, tuple[Any, Any]]:
+            weights, window, which, cache = scanned
+            window = window if spec.mixed_windows else spec.windows[0]
+            rotated = rotation if which is None else jax.tree.map(lambda x: x[which], rotation)
+            x_BTD, cache, routed = nnx.merge(graph, weights)(x_BTD, rotated, window, attend, cache, token_weights_BT)
+            return x_BTD, (cache, routed)
 
         # prevent_cse only guards against a merge that can't happen across the iterations of a scan.
         step = layer if remat == "none" else jax.checkpoint(layer, prevent_cse=unroll, policy=REMAT[remat])
-        x_BTD, cache = jax.lax.scan(step, x_BTD, (weights_L, windows_L, cache), unroll=unroll)
-        return self.final_norm(x_BTD), cache
+        x_BTD, (cache, routed) = jax.lax.scan(step, x_BTD, (weights_L, windows_L, rotations_L, cache), unroll=unroll)
+        x_BTD = self.final_norm(x_BTD)
+        if spec.logit_scale != 1:
+            x_BTD *= jnp.asarray(spec.logit_scale, x_BTD.dtype)
+        return x_BTD, cache, jax.tree.map(lambda x_LX: jnp.sum(x_LX, axis=0), routed)

@@ -26,6 +26,8 @@ class Pair(NamedTuple):
     chosen_prompt: int
     rejected_prompt: int
     shared: int
+    # Ids at the end of both that nothing predicts: routers of experts see the last response token before them.
+    tail: int = 0
 
 
 class Rows(NamedTuple):
@@ -116,7 +118,7 @@ def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt
     def write(at: slice, ids: np.ndarray, first: int, segment_from: int, segment: int) -> np.ndarray:
         """Lays out inputs ids[first:-1] and targets ids[first+1:]; returns which targets are response tokens."""
         positions = np.arange(first, first + at.stop - at.start)
-        response = positions + 1 >= segment_from
+        response = (positions + 1 >= segment_from) & (positions + 1 < len(ids) - pair.tail)
         rows.ids[row, at] = ids[positions]
         rows.targets[row, at] = ids[positions + 1]
         rows.positions[row, at] = positions
@@ -133,7 +135,7 @@ def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt
     rows.q_end[row, start:end] = end
     rows.q_end[row, chosen_at] = rejected_start
     weights = rows.nll_weights[row, start:rejected_start]
-    weights[:] = 1.0
+    weights[:len(pair.chosen_ids) - 1 - pair.tail] = 1.0
     if nll_scope == "completion":
         weights[:trunk] = 0.0
         weights[trunk:] = chosen_response

@@ -1,9 +1,10 @@
 """The mesh, and which of its axes each axis of a weight or of a batch lies on.
 
 `data` and `fsdp` split the rows of a batch; `fsdp` also splits every weight and its optimiser state, which are
-gathered where they are used; `tensor` splits heads, mlp and vocabulary.
+gathered where they are used; `tensor` splits heads, mlp and vocabulary; `expert` splits rows, and experts.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,11 +12,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-MESH_AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Letter of a weight's axis (families.py) -> mesh axis. Axes not named here are whole on every device.
-RULES = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "v": "tensor"}
+RULES = {"d": "fsdp", "n": "tensor", "k": "tensor", "f": "tensor", "e": "tensor", "v": "tensor", "x": "expert"}
 # Few key/value heads, and odd vocabularies, are whole on every device where the mesh axis does not divide them.
 WHOLE_IF_UNEVEN = "kv"
 
@@ -23,7 +24,7 @@ WHOLE_IF_UNEVEN = "kv"
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh of the config's axis sizes, -1 filled in; ValueError if they do not multiply to the devices."""
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {axis: sizes[axis] for axis in MESH_AXES}
+    sizes = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
     known = 1
     for size in sizes.values():
         known *= size if size != -1 else 1
@@ -56,7 +57,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def num_shards(mesh: Mesh) -> int:
     """Returns into how many parts the rows of a batch are split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def shard_rows(x: jax.Array) -> jax.Array:

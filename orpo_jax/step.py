@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from orpo_jax import head, kernels
+from orpo_jax import experts, head, kernels
 from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
+from orpo_jax.model import Decoder
 from orpo_jax.packing import Rows
 from orpo_jax.weights import Params, make_graph
 
@@ -78,26 +79,65 @@ class Model:
     layout: Layout
     head_settings: head.Settings
     attention: str = "xla"  # a back end of kernels.py
+    router_aux_loss_coef: float = 0.0
     remat: str = "none"
     unroll: bool = False
 
-    def loss(self, params: Params, rows: Rows, counts: head.Counts) -> tuple[Array, Sums]:
-        """Returns the rows' part of the step's loss, and every sum of its metrics (loss.py)."""
-        # Embedding and head stay as they are, and are cast where they are used.
-        cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(self.dtype), part)
-                for name, part in params.items()}
+    @property
+    def balances(self) -> bool:
+        """Whether the loss has a part for the balance of experts."""
+        return self.router_aux_loss_coef > 0
+
+    def loss(self, params: Params, rows: Rows, counts: head.Counts, expert_counts_X: Array | None = None
+             ) -> tuple[Array, Sums]:
+        """Returns the rows' part of the step's loss, and every sum of its metrics (loss.py).
+
+        expert_counts_X: how often the whole step uses each expert; None or zeros where these rows are the whole step.
+        """
+        hidden_BTD, module, routed = self.hidden(params, rows)
+        settings = self.head_settings._replace(scored=self.layout.room(rows.ids.shape[1]).scored)
+        with head.precision(self.dtype):
+            result: Any = head.orpo(settings, hidden_BTD, *module.unembedding(), rows, counts)
+        part, sums = result
+        if routed is not None:
+            counts_X = routed.counts
+            if expert_counts_X is not None:
+                counts_X = jnp.where(jnp.any(expert_counts_X > 0), expert_counts_X, counts_X)
+            aux = experts.balance_loss(routed, counts_X, counts.inputs * module.spec.num_layers)
+            part += self.router_aux_loss_coef * aux
+            sums |= {"aux_loss": aux, "weighted_aux_loss": self.router_aux_loss_coef * aux,
+                     "steps": jnp.sum(branches_of(rows)) / counts.inputs}
+        return part, sums
+
+    def hidden(self, params: Params, rows: Rows) -> tuple[Array, Decoder, experts.Routed | None]:
+        """Returns the last hidden states, the decoder as it was run, and its routers' statistics."""
+        # Embeddings, head and routers stay as they are, and are cast where they are used.
+        cast = {name: jax.tree_util.tree_map_with_path(
+            lambda path, x: x if path and path[-1].key == "router" else x.astype(self.dtype), part)
+            if name in ("layers", "final_norm") else part for name, part in params.items()}
         module = nnx.merge(self.graph, cast)
         room = self.layout.room(rows.ids.shape[1])
+        token_weights_BT = branches_of(rows) if self.balances else None
         attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,
-                                          expanded_length=room.expanded)
+                                          expanded_length=room.expanded, softcap=module.spec.attn_softcap)
         with head.precision(self.dtype):
-            hidden_BTD, _ = module(rows.ids, rows.positions, attend, remat=self.remat, unroll=self.unroll)
-            return head.orpo(self.head_settings._replace(scored=room.scored), hidden_BTD, module.unembedding(), None,
-                             rows, counts)
+            hidden_BTD, _, routed = module(rows.ids, rows.positions, attend, token_weights_BT=token_weights_BT,
+                                           remat=self.remat, unroll=self.unroll)
+        return hidden_BTD, module, routed
 
 
-def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float, attention: str = "xla") -> Model:
-    return Model(make_graph(arch), dtype, layout, head.Settings(beta), attention)
+def branches_of(rows: Rows) -> Array:
+    """Returns of how many sequences each position is a token, float32 [B, T]: 2 in a shared trunk, 0 in padding."""
+    at_T1 = jnp.arange(rows.ids.shape[1])[:, None]
+    start_B1S, chosen_B1S, _, end_B1S = jnp.moveaxis(rows.bounds[:, None], -1, 0)
+    inside_BTS, trunk_BTS = ((start_B1S <= at_T1) & (at_T1 < stop_B1S) for stop_B1S in (end_B1S, chosen_B1S))
+    return jnp.sum(inside_BTS.astype(jnp.float32) + trunk_BTS, axis=-1)
+
+
+def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float, attention: str = "xla",
+               router_aux_loss_coef: float = 0.0) -> Model:
+    return Model(make_graph(arch), dtype, layout, head.Settings(beta, softcap=arch.spec.logit_softcap), attention,
+                 router_aux_loss_coef)
 
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:
@@ -116,6 +156,27 @@ def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:
     return total
 
 
+def _step_sums(model: Model, params: Params, batch: StepBatch, one: Callable[[Rows, Array | None], Any]) -> Any:
+    """Returns the sum of one(rows, expert_counts) over the micro-batches.
+
+    The balance of experts is a product of two sums over the step, one of which has no gradient: where there are several
+    micro-batches, a first pass counts how often each expert is used.
+    """
+    if not model.balances:
+        return _over_micro_batches(batch, lambda rows: one(rows, None))
+
+    def counts_of(rows: Rows) -> Array:
+        routed = model.hidden(params, rows)[2]
+        assert routed is not None
+        return routed.counts
+
+    several = sum(group.num_micro for group in batch.groups) > 1
+    first_pass = batch._replace(groups=tuple(
+        group._replace(num_micro=jnp.where(several, group.num_micro, 0)) for group in batch.groups))
+    total_X = _over_micro_batches(first_pass, counts_of)
+    return _over_micro_batches(batch, lambda rows: one(rows, total_X))
+
+
 def make_train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule,
                     shardings: TrainState) -> Any:
     """Returns the jitted `(state, batch) -> (state, sums, grad_norm, learning_rate)`; it consumes the state.
@@ -124,12 +185,12 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, sched
     micro-batches are one big batch. grad_norm is before clipping.
     """
     def train_step(state: TrainState, batch: StepBatch) -> tuple[TrainState, Sums, Array, Array]:
-        def gradients(rows: Rows) -> tuple[Params, Sums]:
-            grads, sums = jax.grad(model.loss, has_aux=True)(state.params, rows, batch.counts)
+        def gradients(rows: Rows, expert_counts_X: Array | None) -> tuple[Params, Sums]:
+            grads, sums = jax.grad(model.loss, has_aux=True)(state.params, rows, batch.counts, expert_counts_X)
             grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
             return jax.lax.with_sharding_constraint(grads, shardings.params), sums
 
-        grads, sums = _over_micro_batches(batch, gradients)
+        grads, sums = _step_sums(model, state.params, batch, gradients)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return (TrainState(state.step + 1, params, opt_state), sums, optax.global_norm(grads),
@@ -143,7 +204,8 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, sched
 def make_eval_step(model: Model, shardings: TrainState) -> Any:
     """Returns the jitted `(params, batch) -> sums` of held-out rows."""
     def eval_step(params: Params, batch: StepBatch) -> Sums:
-        return _over_micro_batches(batch, lambda rows: model.loss(params, rows, batch.counts)[1])
+        return _step_sums(model, params, batch, lambda rows, expert_counts_X: model.loss(
+            params, rows, batch.counts, expert_counts_X)[1])
 
     return jax.jit(eval_step, in_shardings=(shardings.params, None), out_shardings=shardings.step)
 

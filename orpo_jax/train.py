@@ -139,11 +139,19 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                        }.items():
         data.check_tables(some, arch.spec.vocab_size, arch.spec.max_positions, name)
 
+    coef = config.orpo.router_aux_loss_coef
+    if arch.spec.num_experts:
+        coef = arch.spec.router_aux_loss_coef if coef is None else coef
+    elif coef:
+        raise ValueError(f"orpo.router_aux_loss_coef: must be 0 or unset for a model without experts, got {coef}")
+    for some in (pairs, *eval_pairs.values()):
+        some.tail = int(bool(coef))  # the routers' statistics have the last response token too
+
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
     attention = kernels.choose(config.model.attention, platform, head_dim=arch.spec.head_dim, dtype=dtype,
                                row_length=data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length,
-                               windows=arch.spec.windows)
+                               windows=arch.spec.windows, softcap=arch.spec.attn_softcap)
 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
                 ) -> tuple[Batches, step_lib.Model]:
@@ -151,7 +159,7 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
                                   flops.key_cost(arch, attention))
         return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
-                step_lib.make_model(arch, layout, dtype, config.orpo.beta, attention))
+                step_lib.make_model(arch, layout, dtype, config.orpo.beta, attention, coef or 0.0))
 
     batches, model = lay_out(pairs, config.train.batch_size, config.seed if config.data.shuffle else None,
                              config.train.rows_per_step)
@@ -194,7 +202,7 @@ def first_state(job: Job) -> tuple[step_lib.TrainState, Record]:
     folder = find_folder(job.config.model.path, job.config.model.revision)
     params = weights.load_params(folder, job.arch, dtype=jnp.dtype(job.config.model.param_dtype), mesh=job.mesh)
     record = Record(config_lib.to_dict(job.config), job.data, job.data_hash, job.counts, str(job.model.dtype),
-                    weights.tensor_dtypes(weights.find_tensors(folder)), job.optimizer_name, job.total_steps)
+                    weights.tensor_dtypes(folder, job.arch), job.optimizer_name, job.total_steps)
     return step_lib.initial_state(params, job.optimizer, job.shardings), record
 
 

@@ -28,14 +28,14 @@ from safetensors.numpy import save_file
 
 from orpo_jax.families import Architecture, Weight, flatten, nest
 from orpo_jax.metrics import Progress
-from orpo_jax.model import Decoder
+from orpo_jax.model import NORMS, Decoder
 from orpo_jax.sharding import weight_sharding
 
 Params = dict[str, Any]
 
 INDEX = "model.safetensors.index.json"
 # Buffers that old files carry and that transformers computes afresh.
-NOT_WEIGHTS = re.compile(r"rotary_emb\.inv_freq$")
+NOT_WEIGHTS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -61,11 +61,11 @@ def make_graph(arch: Architecture) -> nnx.GraphDef:
 
 
 def random_params(arch: Architecture, seed: int, scale: float = 0.02) -> Params:
-    """Returns normal(scale) weights, ones for norms and zeros for biases, float32; keyed by name, not by order."""
+    """Returns normal(scale) weights, norms that scale by 1, and biases of 0, float32; keyed by name, not by order."""
     def leaf(weight: Weight) -> jax.Array:
         shape = weight.shape(arch.spec.sizes)
         if weight.path.endswith("scale"):
-            return jnp.ones(shape)
+            return jnp.full(shape, 1.0 - NORMS[arch.spec.norm][1])
         if not weight.decays:
             return jnp.zeros(shape)
         key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(weight.path.encode()) & 0x7FFFFFFF)
@@ -79,20 +79,28 @@ def random_params(arch: Architecture, seed: int, scale: float = 0.02) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class Tensors:
-    """The tensors of a model folder: which file holds each."""
+    """The tensors of a model folder: which file holds each, by its name there."""
 
     files: Mapping[str, pathlib.Path]
+    prefix: str  # what names have here and lack there
+
+    def names(self) -> list[str]:
+        return sorted(self.prefix + name for name in self.files)
 
     def slice(self, name: str) -> Any:
+        there = name.removeprefix(self.prefix)
         try:
-            with safe_open(self.files[name], framework="numpy") as file:
-                return file.get_slice(name)
+            with safe_open(self.files[there], framework="numpy") as file:
+                return file.get_slice(there)
         except SafetensorError as error:
-            raise ValueError(f"{self.files[name]}: tensor {name} can't be read: {error}") from error
+            raise ValueError(f"{self.files[there]}: tensor {there} can't be read: {error}") from error
 
 
-def find_tensors(folder: pathlib.Path) -> Tensors:
-    """Returns the tensors of a folder's safetensors files; ValueError names a file that is missing or broken."""
+def find_tensors(folder: pathlib.Path, arch: Architecture) -> Tensors:
+    """Returns the tensors of a folder's safetensors files; ValueError names a file that is missing or broken.
+
+    Files of a model without its head, such as GPT-2's, leave out the first part of all names; here they have it.
+    """
     index = folder / INDEX
     if index.is_file():
         try:
@@ -117,11 +125,14 @@ def find_tensors(folder: pathlib.Path) -> Tensors:
         if twice := sorted(set(names) & set(found)):
             raise ValueError(f"{file}: {', '.join(twice[:3])} is also in {found[twice[0]]}; keep one of the two")
         found |= dict.fromkeys(names, file)
-    return Tensors(found)
+    prefix = arch.table[0].hf.split(".")[0] + "."
+    return Tensors(found, "" if any(name.startswith(prefix) for name in found) else prefix)
 
 
-def hf_names(weight: Weight, num_layers: int) -> list[str]:
-    return [weight.hf.format(l=layer) for layer in range(num_layers)] if "{l}" in weight.hf else [weight.hf]
+def hf_names(weight: Weight, sizes: Mapping[str, int]) -> list[str]:
+    """Returns the names of the tensors that a weight stacks, in the order of its stacked axes."""
+    return [weight.hf.format(**dict(zip(weight.stacked, place, strict=True)))
+            for place in np.ndindex(*(sizes[axis] for axis in weight.stacked))]
 
 
 def _groups(layout: str) -> list[list[str]]:
@@ -129,16 +140,26 @@ def _groups(layout: str) -> list[list[str]]:
     return [group.strip("()").split() for group in re.findall(r"\([^)]*\)|\w", layout.split(" -> ")[0])]
 
 
+def _hf_size(weight: Weight, letter: str, sizes: Mapping[str, int]) -> int:
+    """Returns the size of a letter in HF's tensor, which may hold more than this weight."""
+    return sum(sizes[part] for part in weight.whole) if letter == weight.fused else sizes[letter]
+
+
 def _hf_shape(weight: Weight, sizes: Mapping[str, int]) -> list[int]:
-    return [math.prod(sizes[letter] for letter in group) for group in _groups(weight.layout)]
+    return [math.prod(_hf_size(weight, letter, sizes) for letter in group) for group in _groups(weight.layout)]
+
+
+def _separate(layout: str) -> str:
+    """Returns the left side of a layout with a dimension for each letter, as einops writes it; s is 1."""
+    return " ".join("1" if letter == "s" else letter for group in _groups(layout) for letter in group)
 
 
 def check_tensors(tensors: Tensors, arch: Architecture, folder: pathlib.Path) -> None:
     """Raises a ValueError that lists every tensor which is missing, unexpected or of a wrong shape."""
     sizes = arch.spec.sizes | {"v": arch.spec.vocab_size - arch.added_rows}
-    wanted = {name: weight for weight in arch.table for name in hf_names(weight, arch.spec.num_layers)}
+    wanted = {name: weight for weight in arch.table for name in hf_names(weight, sizes)}
     tied_head = set() if any(weight.path == "unembed" for weight in arch.table) else {"lm_head.weight"}
-    found = {name for name in tensors.files if not NOT_WEIGHTS.search(name)} - tied_head
+    found = {name for name in tensors.names() if not NOT_WEIGHTS.search(name)} - tied_head
     problems = [f"missing: {name}" for name in sorted(set(wanted) - found)]
     problems += [f"unexpected: {name}" for name in sorted(found - set(wanted))]
     for name in sorted(found & set(wanted)):
@@ -152,15 +173,16 @@ def check_tensors(tensors: Tensors, arch: Architecture, folder: pathlib.Path) ->
         raise ValueError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:8])}{more}")
 
 
-def tensor_dtypes(tensors: Tensors) -> dict[str, str]:
+def tensor_dtypes(folder: pathlib.Path, arch: Architecture) -> dict[str, str]:
     """Returns the type of each tensor in the files, by HF name, so that an export can have them again."""
-    return {name: DTYPES.get(tensors.slice(name).get_dtype(), "float32") for name in sorted(tensors.files)}
+    tensors = find_tensors(folder, arch)
+    return {name: DTYPES.get(tensors.slice(name).get_dtype(), "float32") for name in tensors.names()}
 
 
 def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.float32,
                 mesh: jax.sharding.Mesh | None = None) -> Params:
     """Returns a model folder's weights in `dtype`, each device holding its own part where a mesh is given."""
-    tensors = find_tensors(folder)
+    tensors = find_tensors(folder, arch)
     check_tensors(tensors, arch, folder)
     abstract = flatten(abstract_params(arch, dtype, mesh))
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -182,37 +204,53 @@ def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.fl
 
 def _read_part(tensors: Tensors, weight: Weight, bounds: tuple, arch: Architecture, dtype: Any) -> np.ndarray:
     """Returns our array within `bounds` (start, stop of each axis), from slices of HF's tensors."""
-    stacked = weight.axes[0] == "l"
-    names = hf_names(weight, arch.spec.num_layers)
-    layers = range(*bounds[0]) if stacked else range(1)
+    stacked = len(weight.stacked)
+    places = itertools.product(*(range(*bound) for bound in bounds[:stacked]))
+    names = [weight.hf.format(**dict(zip(weight.stacked, place, strict=True))) for place in places]
     local = dict(zip(weight.axes[stacked:], bounds[stacked:], strict=True))
     if arch.added_rows and "v" in local:
         return _read_grown(tensors.slice(names[0]), local, arch.spec.vocab_size - arch.added_rows).astype(dtype)
-    cut = tuple(_hf_slice(group, local, arch.spec.sizes) for group in _groups(weight.layout))
-    sizes = {letter: stop - start for letter, (start, stop) in local.items()}
-    part = np.empty([len(layers), *sizes.values()], dtype)
-    for place, layer in zip(part, layers, strict=True):  # a layer at a time: the host holds one beside the result
-        place[...] = einops.rearrange(tensors.slice(names[layer])[cut], weight.layout, **sizes)
-    return part if stacked else part[0]
+    cut, shape, inner = _hf_part(weight, local, arch.spec.sizes)
+    pattern = f"{_separate(weight.layout)} -> {' '.join(weight.axes[stacked:])}"
+    part = np.empty([len(names), *(stop - start for start, stop in local.values())], dtype)
+    for place, name in zip(part, names, strict=True):  # a tensor at a time: the host holds one beside the result
+        place[...] = einops.rearrange(tensors.slice(name)[cut].reshape(shape)[inner], pattern)
+    return part.reshape([stop - start for start, stop in bounds])
 
 
-def _hf_slice(group: list[str], local: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]) -> slice:
-    """Returns the slice of a dimension such as (n h) that holds heads [start, stop): only its first letter is cut."""
-    assert all(local[letter] == (0, sizes[letter]) for letter in group[1:])
-    stride = math.prod(sizes[letter] for letter in group[1:])
-    start, stop = local[group[0]]
-    return slice(start * stride, stop * stride)
+def _hf_part(weight: Weight, local: Mapping[str, tuple[int, int]], sizes: Mapping[str, int]
+             ) -> tuple[tuple[slice, ...], list[int], tuple[slice, ...]]:
+    """Returns where a part of ours lies in HF's tensor: slices of its dimensions, the shape of what those give with a
+    dimension for each letter, and the slices of that.
+
+    local: start and stop of each of our letters; of letters that share a dimension, only the first is ever cut.
+    """
+    cut, shape, inner = [], [], []
+    for first, *others in _groups(weight.layout):
+        stride = math.prod(_hf_size(weight, letter, sizes) for letter in others)
+        start, stop = local.get(first, (0, sizes[first]))
+        offset = sum(sizes[part] for part in weight.before) if first == weight.fused else 0
+        cut.append(slice((offset + start) * stride, (offset + stop) * stride))
+        shape.append(stop - start)
+        inner.append(slice(None))
+        for letter in others:
+            assert letter not in local or local[letter] == (0, sizes[letter])
+            offset = sum(sizes[part] for part in weight.before) if letter == weight.fused else 0
+            shape.append(_hf_size(weight, letter, sizes))
+            inner.append(slice(offset, offset + sizes[letter]))
+    return tuple(cut), shape, tuple(inner)
 
 
 def _read_grown(part: Any, local: Mapping[str, tuple[int, int]], rows: int) -> np.ndarray:
-    """Returns rows [start, stop) of a [V, D] table that the files hold `rows` of; the others are the rows' mean."""
-    (start, stop), columns = local["v"], slice(*local["d"])
-    have = part[min(start, rows):min(stop, rows), columns]
+    """Returns rows [start, stop) of a [V, ...] table that the files hold `rows` of; the others are the rows' mean."""
+    start, stop = local["v"]
+    rest = tuple(slice(*bounds) for letter, bounds in local.items() if letter != "v")
+    have = part[(slice(min(start, rows), min(stop, rows)), *rest)]
     missing = stop - start - len(have)
     if not missing:
         return have
-    mean = np.mean(part[:, columns].astype(np.float32), axis=0)
-    return np.concatenate([have.astype(np.float32), np.tile(mean, (missing, 1))])
+    mean = np.mean(part[(slice(None), *rest)].astype(np.float32), axis=0)
+    return np.concatenate([have.astype(np.float32), np.repeat(mean[None], missing, axis=0)])
 
 
 # Export
@@ -220,15 +258,29 @@ def _read_grown(part: Any, local: Mapping[str, tuple[int, int]], rows: int) -> n
 
 def hf_tensors(params: Params, arch: Architecture) -> Iterator[tuple[str, np.ndarray]]:
     """Yields each tensor by its HF name, in HF's layout; every process takes part in the gathering."""
-    flat = flatten(params)
+    flat, sizes = flatten(params), arch.spec.sizes
+    rows: dict[str, list[Weight]] = {}
     for weight in arch.table:
-        left, right = weight.layout.split(" -> ")
-        sizes = {letter: arch.spec.sizes[letter] for letter in right.split()}
-        for layer, name in enumerate(hf_names(weight, arch.spec.num_layers)):
-            array = flat[weight.path][layer] if weight.axes[0] == "l" else flat[weight.path]
-            if not array.is_fully_addressable:
-                array = multihost_utils.process_allgather(array, tiled=True)
-            yield name, einops.rearrange(np.asarray(array), f"{right} -> {left}", **sizes)
+        rows.setdefault(weight.hf, []).append(weight)
+    for weights in rows.values():
+        first = weights[0]
+        shape = [_hf_size(first, letter, sizes) for group in _groups(first.layout) for letter in group]
+        places = np.ndindex(*(sizes[axis] for axis in first.stacked))
+        for place, name in zip(places, hf_names(first, sizes), strict=True):
+            tensor = None
+            for weight in weights:
+                array = flat[weight.path][place] if place else flat[weight.path]
+                if not array.is_fully_addressable:
+                    array = multihost_utils.process_allgather(array, tiled=True)
+                right = " ".join(weight.axes[len(place):])
+                part = einops.rearrange(np.asarray(array), f"{right} -> {_separate(weight.layout)}")
+                tensor = np.empty(shape, part.dtype) if tensor is None else tensor
+                letters = [letter for group in _groups(weight.layout) for letter in group]
+                start = sum(sizes[part] for part in weight.before)
+                tensor[tuple(slice(start, start + sizes[letter]) if letter == weight.fused else slice(None)
+                             for letter in letters)] = part
+            assert tensor is not None
+            yield name, tensor.reshape(_hf_shape(first, sizes))
 
 
 def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes: Mapping[str, str], *,
@@ -248,7 +300,7 @@ def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes
         shards.append(list(pending))
         pending.clear()
 
-    count = sum(len(hf_names(weight, arch.spec.num_layers)) for weight in arch.table)
+    count = len({name for weight in arch.table for name in hf_names(weight, arch.spec.sizes)})
     with Progress("writing weights", count) as progress:
         for name, array in hf_tensors(params, arch):
             array = np.ascontiguousarray(array.astype(jnp.dtype(dtypes.get(name, "float32"))))

@@ -181,8 +181,8 @@ def one_by_one(family):
 
     def run(params, ids_NL, prompts_N, lengths_N, completion, by_sequence):
         module = nnx.merge(graph, params)
-        hidden_NTD, _ = module(ids_NL[:, :-1], jnp.broadcast_to(positions_1T, ids_NL[:, 1:].shape), attend)
-        logits_NTV = jnp.einsum("ntd,vd->ntv", hidden_NTD, module.unembedding())
+        hidden_NTD, _, _ = module(ids_NL[:, :-1], jnp.broadcast_to(positions_1T, ids_NL[:, 1:].shape), attend)
+        logits_NTV = jnp.einsum("ntd,vd->ntv", hidden_NTD, module.unembedding()[0])
         logps_NT = jnp.take_along_axis(jax.nn.log_softmax(logits_NTV), ids_NL[:, 1:, None], 2)[..., 0]
         targets_1T = 1 + positions_1T
         real_NT = targets_1T < lengths_N[:, None]
@@ -292,7 +292,7 @@ def influence_of(family, backend):
         own = nnx.merge(graph, {**params, "embed": inputs_BTD.reshape(-1, inputs_BTD.shape[-1])})
         attend = kernels.row_attention_of(backend, rows, interpret=True)
         hidden_BTD, _ = own(jnp.arange(rows.ids.size).reshape(rows.ids.shape), rows.positions, attend)
-        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, module.unembedding())
+        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, module.unembedding()[0])
         logps_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), rows.targets[..., None], 2)[..., 0]
         asked_BT = rows.segments == 1 + jnp.arange(len(rows.ids))[:, None]
         return jnp.sum(jnp.where(asked_BT, logps_BT, 0) / jnp.maximum(asked_BT.sum(1, keepdims=True), 1))

@@ -41,8 +41,8 @@ def compiled_flops(arch, loss_of_hidden, ids, positions, attend):
     """Returns the compiler's count for a forward and a backward pass."""
     def run(params):
         module = nnx.merge(weights.make_graph(arch), params)
-        hidden_BTD, _ = module(ids, positions, attend, unroll=True)
-        return loss_of_hidden(head.logits(hidden_BTD, module.unembedding()))
+        hidden_BTD, _, _ = module(ids, positions, attend, unroll=True)
+        return loss_of_hidden(head.logits(hidden_BTD, *module.unembedding()))
 
     params = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), weights.abstract_params(
         arch, jnp.float32, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])))

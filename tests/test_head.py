@@ -95,7 +95,7 @@ def test_without_a_bias_there_is_no_gradient_of_one():
 def test_every_mesh_gives_the_same_and_splits_the_gradient_as_the_weight(mesh, chunks):
     settings, rows, args = head.Settings(BETA, chunks, 3.0), make_rows(), arrays()
     expected = both(fused, settings, args, rows)
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh, strict=True)))
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh, strict=False)))
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(
             args, (P(sharding.BATCH_AXES), P("tensor", "fsdp"), P("tensor")), strict=True)]

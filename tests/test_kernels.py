@@ -242,7 +242,7 @@ def test_a_mesh_changes_nothing(backend, heads, mesh_sizes):
     available(backend)
     case = Case(heads=heads)
     expected = case.run("xla")
-    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)))
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=False)))
     with jax.set_mesh(mesh):
         put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES)))
         qkv, rows = jax.tree.map(put, (case.qkv, case.rows))

@@ -51,7 +51,7 @@ class Trial:
         With another optimizer than KEEP_GRADIENTS it returns the weights after the last step, not the gradients.
         """
         count = int(np.prod(mesh_sizes))
-        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=True)), jax.devices()[:count])
+        mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=False)), jax.devices()[:count])
         config = dataclasses.replace(self.data_config, **data_changes)
         layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), "cpu",
                                   nll_scope=self.orpo.nll_scope)

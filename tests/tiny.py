@@ -66,7 +66,7 @@ def write_model(folder: pathlib.Path, *, tokenizer: Any = None, seed: int = 0, s
     config = config_of(**changes)
     (folder / "config.json").write_text(json.dumps(config))
     arch = architecture(config, 1)
-    names = {name: dtype for weight in arch.table for name in weights.hf_names(weight, arch.spec.num_layers)}
+    names = {name: dtype for weight in arch.table for name in weights.hf_names(weight, arch.spec.sizes)}
     weights.save_params(weights.random_params(arch, seed, scale), arch, folder, names, max_shard_bytes=max_shard_bytes)
     return folder
 

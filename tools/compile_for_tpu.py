@@ -48,7 +48,7 @@ POLICIES = {"residuals": kernels.saves_residuals, "nothing": jax.checkpoint_poli
 def make_mesh(topology: str, sizes: tuple[int, ...]) -> Mesh:
     """Returns a mesh of the topology's first chips."""
     chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:math.prod(sizes)]
-    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=True)), chips)
+    return sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=False)), chips)
 
 
 def placed(tree: Any, shardings: Any) -> Any:

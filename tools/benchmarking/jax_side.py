@@ -104,8 +104,8 @@ def trl_layout_loss(arch: Architecture, settings: Settings, attend_of: Attend | 
                 for name, part in params.items()}
         module = nnx.merge(graph, cast)
         attend = attend_of(ids_BT, lengths_B) if attend_of is not None else causal_attention(positions_BT)
-        hidden_BTD, _ = module(ids_BT, positions_BT, attend, **options)
-        logps_BTV = jax.nn.log_softmax(head.logits(hidden_BTD, module.unembedding())[:, :-1])
+        hidden_BTD, _, _ = module(ids_BT, positions_BT, attend, **options)
+        logps_BTV = jax.nn.log_softmax(head.logits(hidden_BTD, *module.unembedding())[:, :-1])
         logps_BT = jnp.take_along_axis(logps_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
         real_BT = positions_T[1:] < lengths_B[:, None]
         response_BT = real_BT & (positions_T[1:] >= prompts_B[:, None])

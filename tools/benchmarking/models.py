@@ -42,6 +42,6 @@ def write_model(name: str, folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
     config = SHAPES[name]
     (folder / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
     arch = architecture(config, 1)
-    names = {hf: "bfloat16" for weight in arch.table for hf in weights.hf_names(weight, arch.spec.num_layers)}
+    names = {hf: "bfloat16" for weight in arch.table for hf in weights.hf_names(weight, arch.spec.sizes)}
     weights.save_params(weights.random_params(arch, seed, config["hidden_size"]**-0.5), arch, folder, names)
     return folder
