@@ -152,7 +152,9 @@ class Pairs(Sequence[Pair]):
 
     def __init__(self, table: pa.Table, keep: np.ndarray):
         self.keep = keep
-        self.tail = 0  # of each pair, see packing.Pair
+        # Ids added to the end of each sequence, for routers of experts: their statistics have the last response token,
+        # which is an input only where something follows it.
+        self.tail = 0
         self._flat, self._starts = {}, {}
         for side in ("chosen", "rejected"):
             column = table.column(f"{side}_ids").combine_chunks()
@@ -170,7 +172,7 @@ class Pairs(Sequence[Pair]):
         if self.tail:
             ids = [np.append(some, np.zeros(self.tail, some.dtype)) for some in ids]
         return Pair(ids[0], ids[1], int(self._prompt["chosen"][row]), int(self._prompt["rejected"][row]),
-                    int(self._shared[row]), self.tail)
+                    int(self._shared[row]))
 
     def sequence_lengths(self) -> np.ndarray:
         """Returns the tokens of each whole sequence, [pairs, 2]: chosen, rejected."""
@@ -604,7 +606,7 @@ class Batches:
             rows = packing.build_rows(
                 pairs, rows_of_pairs, num_rows=max_micro * layout.rows, row_length=row_length,
                 max_pairs=layout.room(row_length).pairs, share_prompt=layout.share_prompt,
-                nll_scope=self.orpo.nll_scope, nll_reduction=self.orpo.nll_reduction)
+                nll_scope=self.orpo.nll_scope, nll_reduction=self.orpo.nll_reduction, tail=self.pairs.tail)
             groups.append(Group(Rows(*(x.reshape(max_micro, layout.rows, *x.shape[1:]) for x in rows)),
                                 np.int32(num_micro)))
         count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)

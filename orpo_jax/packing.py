@@ -26,8 +26,6 @@ class Pair(NamedTuple):
     chosen_prompt: int
     rejected_prompt: int
     shared: int
-    # Ids at the end of both that nothing predicts: routers of experts see the last response token before them.
-    tail: int = 0
 
 
 class Rows(NamedTuple):
@@ -97,18 +95,22 @@ def empty_rows(num_rows: int, row_length: int, max_pairs: int) -> Rows:
 
 
 def build_rows(pairs: Sequence[Pair] | Mapping[int, Pair], plan: Iterable[Iterable[int]], *, num_rows: int,
-               row_length: int, max_pairs: int, share_prompt: bool, nll_scope: str, nll_reduction: str) -> Rows:
-    """Returns the planned rows, followed by rows of padding up to `num_rows`."""
+               row_length: int, max_pairs: int, share_prompt: bool, nll_scope: str, nll_reduction: str,
+               tail: int = 0) -> Rows:
+    """Returns the planned rows, followed by rows of padding up to `num_rows`.
+
+    tail: how many ids at the end of each sequence are no target of the loss.
+    """
     rows = empty_rows(num_rows, row_length, max_pairs)
     for row, members in enumerate(plan):
         start = 0
         for slot, member in enumerate(members):
-            start = _place(rows, row, slot, start, pairs[member], share_prompt, nll_scope, nll_reduction)
+            start = _place(rows, row, slot, start, pairs[member], share_prompt, nll_scope, nll_reduction, tail)
     return rows
 
 
 def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt: bool, nll_scope: str,
-           nll_reduction: str) -> int:
+           nll_reduction: str, tail: int) -> int:
     """Writes a pair into its slot and returns where the next one starts."""
     trunk = int(trunk_length(pair.shared, share_prompt))
     chosen_start = start + trunk
@@ -118,7 +120,7 @@ def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt
     def write(at: slice, ids: np.ndarray, first: int, segment_from: int, segment: int) -> np.ndarray:
         """Lays out inputs ids[first:-1] and targets ids[first+1:]; returns which targets are response tokens."""
         positions = np.arange(first, first + at.stop - at.start)
-        response = (positions + 1 >= segment_from) & (positions + 1 < len(ids) - pair.tail)
+        response = (positions + 1 >= segment_from) & (positions + 1 < len(ids) - tail)
         rows.ids[row, at] = ids[positions]
         rows.targets[row, at] = ids[positions + 1]
         rows.positions[row, at] = positions
@@ -135,7 +137,7 @@ def _place(rows: Rows, row: int, slot: int, start: int, pair: Pair, share_prompt
     rows.q_end[row, start:end] = end
     rows.q_end[row, chosen_at] = rejected_start
     weights = rows.nll_weights[row, start:rejected_start]
-    weights[:len(pair.chosen_ids) - 1 - pair.tail] = 1.0
+    weights[:len(pair.chosen_ids) - 1 - tail] = 1.0
     if nll_scope == "completion":
         weights[:trunk] = 0.0
         weights[trunk:] = chosen_response

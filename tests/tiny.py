@@ -5,6 +5,7 @@ import pathlib
 import random
 from typing import Any
 
+from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,10 +52,24 @@ def config_of(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     config = {**LLAMA, "vocab_size": 408, "model_type": model_type}
     if model_type != "llama":
         config = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}
-        config["architectures"] = [{"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}[model_type]]
+        config["architectures"] = [{"mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                                    "mixtral": "MixtralForCausalLM"}[model_type]]
     if model_type == "qwen2":
         del config["head_dim"]
     return {**config, **changes}
+
+
+# A mixture of experts whose router prefers some: with weights as small as the others', all would be used alike.
+EXPERTS = dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+               router_aux_loss_coef=0.02)
+
+
+def skew_routers(folder: pathlib.Path, factor: float = 8.0) -> pathlib.Path:
+    """Multiplies the routers' weights, so that loads differ and probabilities are far from alike."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: x * factor if name.endswith("block_sparse_moe.gate.weight") else x for name, x in tensors.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 def write_model(folder: pathlib.Path, *, tokenizer: Any = None, seed: int = 0, scale: float = 0.3,

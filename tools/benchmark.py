@@ -148,7 +148,7 @@ def make_pairs(args: argparse.Namespace, model: pathlib.Path, count: int) -> lis
                                data_config)
     if len(found) < count:
         raise ValueError(f"--data: must hold (--warmup + --steps) * --pairs = {count} pairs, got {len(found)}")
-    return [pairs_lib.Pair(*found[i][:5]) for i in range(count)]
+    return [pairs_lib.Pair(*found[i]) for i in range(count)]
 
 
 def prepare(args: argparse.Namespace, folder: pathlib.Path, shape: str) -> Settings:
