@@ -1,0 +1,91 @@
+"""The families' table: what the page says of it, what is refused, and how fused tensors are cut."""
+
+import pathlib
+import re
+
+import einops
+import jax
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file
+from transformers import CONFIG_MAPPING
+
+from orpo_jax import families, sharding, weights
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "families.md"
+SIZES = dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=4)
+
+
+def test_the_page_lists_every_family():
+    rows = [line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `") and "model_type" not in line]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(families.FAMILIES)
+
+
+@pytest.mark.parametrize(("model_type", "changes", "words"), [
+    ("opt", dict(do_layer_norm_before=False), ["do_layer_norm_before", "opt"]),
+    ("opt", dict(word_embed_proj_dim=16), ["word_embed_proj_dim", "hidden_size (32)"]),
+    ("phi", dict(qk_layernorm=True), ["qk_layernorm"]),
+    ("cohere", dict(use_qk_norm=True), ["use_qk_norm"]),
+    ("qwen2_moe", dict(mlp_only_layers=[0]), ["mlp_only_layers"]),
+    ("qwen3_moe", dict(decoder_sparse_step=2), ["decoder_sparse_step"]),
+    ("gemma2", dict(use_bidirectional_attention=True), ["use_bidirectional_attention"]),
+    ("llama", dict(rope_scaling=dict(rope_type="linear", factor=2.0, partial_rotary_factor=0.5)),
+     ["partial_rotary_factor"]),
+    ("qwen3", dict(layer_types=["full_attention", "chunked_attention"]), ["layer_types", "chunked_attention"]),
+    ("gpt_bigcode", {}, ["model_type", "gpt_bigcode"]),
+])
+def test_what_is_refused(model_type, changes, words):
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    extra = {"word_embed_proj_dim": 32} if model_type == "opt" else {}
+    with pytest.raises(ValueError) as error:
+        families.architecture({"model_type": model_type, **sizes, **extra, **changes}, 64)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(("model_type", "mesh"), [
+    ("phi3", (1, 2, 2)), ("gpt2", (2, 2, 2)), ("gpt_neox", (1, 2, 4)), ("mixtral", (1, 2, 2, 2))], ids=str)
+def test_a_sharded_import_is_the_whole_one_cut(tmp_path, model_type, mesh):
+    """Parts of fused tensors, and experts, are read by each device from the files' own slices."""
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    sizes |= {"n_embd": 32, "n_head": 4, "n_layer": 2} if model_type == "gpt2" else {}
+    arch = families.architecture({"model_type": model_type, **sizes, "pad_token_id": None}, 64)
+    params = weights.random_params(arch, 0)
+    weights.save_params(params, arch, tmp_path, {})
+    devices = jax.devices()[:int(np.prod(mesh))]
+    mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh, strict=False)), devices)
+    got, whole = (families.flatten(weights.load_params(tmp_path, arch, mesh=some)) for some in (mesh, None))
+    for name, value in families.flatten(params).items():
+        np.testing.assert_array_equal(whole[name], value)
+        np.testing.assert_array_equal(got[name], value)
+    assert any(not x.is_fully_replicated for x in got.values())
+
+
+def test_fused_tensors_lie_as_hf_has_them(tmp_path):
+    """GPT-NeoX's file has q, k and v of a head side by side; Phi-3's has all of q, then k, then v."""
+    for model_type, hf, pattern in (
+            ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.weight", "(n s h) d -> s d n h"),
+            ("phi3", "model.layers.1.self_attn.qkv_proj.weight", "(s n h) d -> s d n h")):
+        known = CONFIG_MAPPING[model_type]().to_dict()
+        sizes = {name: size for name, size in SIZES.items() if name in known}
+        arch = families.architecture({"model_type": model_type, **sizes, "pad_token_id": None}, 64)
+        params = weights.random_params(arch, 0)
+        folder = tmp_path / model_type
+        folder.mkdir()
+        weights.save_params(params, arch, folder, {})
+        qkv = einops.rearrange(load_file(folder / "model.safetensors")[hf], pattern, s=3, n=4)
+        for part, name in zip(qkv, "qkv", strict=True):
+            np.testing.assert_array_equal(part, params["layers"]["attn"][name]["weight"][1])
+
+
+def test_a_coefficient_without_experts_is_an_error(tmp_path):
+    from orpo_jax import config as config_lib
+    from orpo_jax import train
+    folder = tiny.write_model(tmp_path / "model")
+    config = config_lib.build({"output_dir": str(tmp_path / "run"), "model": {"path": str(folder)},
+                               "orpo": {"router_aux_loss_coef": 0.1}, "train": {"batch_size": 2, "max_steps": 1}})
+    with pytest.raises(ValueError, match="router_aux_loss_coef: must be 0 or unset"):
+        train.run(config, train_rows=tiny.make_rows(4, "standard"))
