@@ -19,7 +19,7 @@ SIZES = dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_la
 
 
 def test_the_page_lists_every_family():
-    rows = [line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `") and "model_type" not in line]
+    rows = [line.split("|")[1] for line in PAGE.read_text().splitlines() if line.startswith("| `")][1:]
     assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(families.FAMILIES)
 
 
