@@ -99,26 +99,48 @@ def _on_device(activation: Callable[[Array], Array], unroll: bool, axes: tuple[s
     x_MD = x_BTD.reshape(-1, D)
     y_SD = jax.lax.platform_dependent(
         x_MD, order_S, sizes_X, experts,
-        cpu=partial(_in_blocks, activation, num_used, unroll), default=partial(_ragged, activation, num_used))
+        cpu=partial(_in_blocks, activation, unroll), default=partial(_ragged, activation))
     weights_S = jnp.where(here_S, weights_BTC.reshape(-1), 0).astype(x_BTD.dtype)
     # y is in the order of uses: token by token, expert by expert.
     return jnp.sum((y_SD * weights_S[:, None]).reshape(B, T, num_used, D), axis=2)
 
 
-def _ragged(activation: Callable[[Array], Array], num_used: int, x_MD: Array, order_S: Array, sizes_X: Array,
-            experts: Weights) -> Array:
+# Uses are a permutation of the tokens' own order, C to a token: both gathers have gathers for gradients, where autodiff
+# would make scatters, which are slow on accelerators.
+
+
+@jax.custom_vjp
+def _sorted(x_MD: Array, order_S: Array) -> Array:
+    """Returns the token of each use, sorted by expert; order_S: the use that each place holds."""
+    return x_MD[order_S // (len(order_S) // len(x_MD))]
+
+
+@jax.custom_vjp
+def _unsorted(y_SD: Array, order_S: Array) -> Array:
+    """Returns what each use gave, token by token."""
+    return y_SD[jnp.argsort(order_S)]
+
+
+_sorted.defvjp(
+    lambda x_MD, order_S: (_sorted(x_MD, order_S), (order_S, x_MD.shape)),
+    lambda kept, g_SD: (jnp.sum(_unsorted(g_SD, kept[0]).reshape(kept[1][0], -1, kept[1][1]), axis=1), None))
+_unsorted.defvjp(lambda y_SD, order_S: (_unsorted(y_SD, order_S), order_S),
+                 lambda order_S, g_SD: (g_SD[order_S], None))
+
+
+def _ragged(activation: Callable[[Array], Array], x_MD: Array, order_S: Array, sizes_X: Array, experts: Weights
+            ) -> Array:
     """Returns the output of each use of an expert, [S, D]; 0 where no expert of this device is used."""
     gate_XDE, up_XDE, down_XDE = experts
-    x_SD = x_MD[order_S // num_used]
+    x_SD = _sorted(x_MD, order_S)
     h_SE = activation(jax.lax.ragged_dot(x_SD, gate_XDE, sizes_X)) * jax.lax.ragged_dot(x_SD, up_XDE, sizes_X)
     y_SD = jax.lax.ragged_dot(h_SE, down_XDE.swapaxes(1, 2), sizes_X)
     # What lies beyond the groups is up to the platform.
-    y_SD = jnp.where((jnp.arange(len(order_S)) < jnp.sum(sizes_X))[:, None], y_SD, 0)
-    return jnp.zeros_like(y_SD).at[order_S].set(y_SD, unique_indices=True)
+    return _unsorted(jnp.where((jnp.arange(len(order_S)) < jnp.sum(sizes_X))[:, None], y_SD, 0), order_S)
 
 
-def _in_blocks(activation: Callable[[Array], Array], num_used: int, unroll: bool, x_MD: Array, order_S: Array,
-               sizes_X: Array, experts: Weights) -> Array:
+def _in_blocks(activation: Callable[[Array], Array], unroll: bool, x_MD: Array, order_S: Array, sizes_X: Array,
+               experts: Weights) -> Array:
     """Returns the same, by blocks that belong to one expert each: XLA multiplies ragged groups with every expert on a
     CPU, 16 times the work of two experts out of 32.
     """
@@ -134,12 +156,11 @@ def _in_blocks(activation: Callable[[Array], Array], num_used: int, unroll: bool
     starts_X = jnp.cumsum(sizes_X) - sizes_X
     place = (ends_X - sizes_in_blocks_X)[known] * BLOCK + rank - starts_X[known]
     place = jnp.where(sorted_expert < X, place, blocks * BLOCK)  # none: written nowhere, read as 0
-    token = jnp.full(blocks * BLOCK, x_MD.shape[0]).at[place].set(order_S // num_used, mode="drop")
-    x_PD = x_MD.at[token].get(mode="fill", fill_value=0)
+    use = jnp.full(blocks * BLOCK, S).at[place].set(rank, mode="drop")
+    x_PD = _sorted(x_MD, order_S).at[use].get(mode="fill", fill_value=0)
     y_PCD: Any = _blocks(activation, unroll, x_PD.reshape(blocks, BLOCK, -1), expert_P, experts)
     y_PD = y_PCD.reshape(x_PD.shape)
-    return jnp.zeros((S, x_MD.shape[1]), y_PD.dtype).at[order_S].set(y_PD.at[place].get(mode="fill", fill_value=0),
-                                                                  unique_indices=True)
+    return _unsorted(y_PD.at[place].get(mode="fill", fill_value=0), order_S)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -38,7 +38,7 @@ def ragged(x_BTD, weights_BTC, chosen_BTC, weights):
     """What accelerators run, on this CPU."""
     order_S = jnp.argsort(chosen_BTC.reshape(-1), stable=True)
     sizes_X = jnp.bincount(chosen_BTC.reshape(-1), length=weights[0].shape[0])
-    y_SD = experts._ragged(jax.nn.silu, chosen_BTC.shape[-1], x_BTD[0], order_S, sizes_X, weights)
+    y_SD = experts._ragged(jax.nn.silu, x_BTD[0], order_S, sizes_X, weights)
     return jnp.sum(y_SD.reshape(*chosen_BTC.shape, -1) * weights_BTC[..., None], axis=2)
 
 

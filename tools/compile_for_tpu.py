@@ -58,7 +58,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 def choose(asked: str, arch: Architecture) -> str:
     return kernels.choose(asked, "tpu", head_dim=arch.spec.head_dim, dtype=SETTINGS.dtype, row_length=data.ROW_UNIT,
-                          windows=arch.spec.windows)
+                          windows=arch.spec.windows, softcap=arch.spec.attn_softcap)
 
 
 def lower_step(args: argparse.Namespace, arch: Architecture, mesh: Mesh, attention: str, remat: str) -> Any:
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("step", "trl", "attention"))
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
-    parser.add_argument("--meshes", nargs="+", default=[(1, 1, 1)], help="data,fsdp,tensor",
+    parser.add_argument("--meshes", nargs="+", default=[(1, 1, 1)], help="data,fsdp,tensor,expert",
                         type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--attention", default="auto", help="as model.attention")
     parser.add_argument("--remats", nargs="+", default=["full"], choices=REMAT)

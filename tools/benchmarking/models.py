@@ -21,10 +21,16 @@ def _qwen2(vocab: int, d: int, layers: int, heads: int, kv: int, mlp: int) -> di
     return llama | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
 
+def _mixtral(*sizes: int, experts: int) -> dict[str, Any]:
+    return _llama(*sizes) | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+                             "num_local_experts": experts, "num_experts_per_tok": 2}
+
+
 SHAPES = {
     "tiny": _llama(512, 32, 2, 4, 2, 8, 48, tie_word_embeddings=False),
     "small": _llama(8192, 256, 4, 4, 2, 64, 704, tie_word_embeddings=False),
     "qwen2-0.5b": _qwen2(151936, 896, 24, 14, 2, 4864),
+    "moe-1b": _mixtral(32000, 1024, 8, 16, 8, 64, 3584, experts=8),
     "llama-1b": _llama(128256, 2048, 16, 32, 8, 64, 8192),
     "qwen2-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960),
     "llama-3b": _llama(128256, 3072, 28, 24, 8, 128, 8192),
