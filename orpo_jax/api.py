@@ -32,11 +32,18 @@ class LoadedModel:
         ids_BT = np.asarray(input_ids_BT)
         check(ids_BT.ndim == 2 and ids_BT.size > 0, "input_ids", "must be [B, T] ids", ids_BT.shape)
         self._check_ids(ids_BT.max())
+        self._check_length(ids_BT.shape[1], "input_ids")
         return _logits(self.graph, self.params, jnp.asarray(ids_BT, jnp.int32))
 
     def _check_ids(self, max_id: int) -> None:
         """JAX would clamp ids past the table in silence."""
         check(max_id < self.arch.spec.vocab_size, "input_ids", f"must be below {self.arch.spec.vocab_size}", max_id)
+
+    def _check_length(self, length: int, name: str) -> None:
+        """It would clamp positions past a table of them too."""
+        if any(weight.path == "positions" for weight in self.arch.table):
+            limit = self.arch.spec.max_positions
+            check(length <= limit, name, f"must be at most the model's {limit} positions", length)
 
     def generate(self, prompts: str | Sequence[Any], *, max_new_tokens: int = 128, temperature: float = 0.0,
                  seed: int = 0) -> list[str]:
@@ -52,6 +59,7 @@ class LoadedModel:
         ids = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in encoded]
         ids = [row or [self.pretrained.stop_ids[0]] for row in ids]
         self._check_ids(max(map(max, ids)))
+        self._check_length(max(map(len, ids)) + max_new_tokens, "prompt and max_new_tokens")
         new = generate.generate(self.graph, self.params, ids,
                                 stop_ids=self.pretrained.stop_ids, max_new_tokens=max_new_tokens,
                                 temperature=temperature, seed=seed)

@@ -413,13 +413,14 @@ FAMILIES = {
 # Fields that change no number of training: names, token ids, and settings of generation, of initialisation, of dropout
 # (which is off, as in TRL), of other heads, and of how PyTorch lays the work out.
 INERT_FIELDS = frozenset({
-    "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward",
-    "classifier_dropout", "dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "hidden_dropout",
-    "id2label", "init_std", "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "max_length",
-    "model_type", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "resid_pdrop", "residual_dropout", "return_dict", "rope_interleaved", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype",
-    "transformers.js_config", "transformers_version", "unk_token_id", "use_cache", "use_return_dict",
+    "_attn_implementation", "_commit_hash", "_name_or_path", "_sliding_window_pattern", "architectures",
+    "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
+    "dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "hidden_dropout", "id2label", "init_std",
+    "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "max_length", "model_type",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
+    "residual_dropout", "return_dict", "rope_interleaved", "summary_activation", "summary_first_dropout",
+    "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype", "transformers.js_config",
+    "transformers_version", "unk_token_id", "use_cache", "use_return_dict",
 })
 
 
@@ -447,7 +448,8 @@ def architecture(config: Mapping[str, Any], max_length: int, min_rows: int = 0) 
     model_type = full["model_type"]
     family, defaults = FAMILIES[model_type], CONFIG_MAPPING[model_type]().to_dict()
     for field in sorted(set(full) - family.fields - (COMMON_FIELDS & {*defaults, *ROPE_FIELDS}) - INERT_FIELDS):
-        if not field.startswith("_") and (field not in defaults or full[field] != defaults[field]):
+        private = field.startswith("_") and field not in defaults  # transformers' own notes
+        if not private and (field not in defaults or full[field] != defaults[field]):
             raise ValueError(f"config.json: the field {field!r} is not supported for {model_type}, "
                              f"got {full[field]!r}; take it out if it changes no number of the model")
     added_rows = max(0, min_rows - full["vocab_size"])

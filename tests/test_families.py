@@ -1,5 +1,6 @@
 """The families' table: what the page says of it, what is refused, and how fused tensors are cut."""
 
+import json
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ import tiny
 from safetensors.numpy import load_file
 from transformers import CONFIG_MAPPING
 
+import orpo_jax
 from orpo_jax import families, sharding, weights
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "families.md"
@@ -26,6 +28,7 @@ def test_the_page_lists_every_family():
 @pytest.mark.parametrize(("model_type", "changes", "words"), [
     ("opt", dict(do_layer_norm_before=False), ["do_layer_norm_before", "opt"]),
     ("opt", dict(word_embed_proj_dim=16), ["word_embed_proj_dim", "hidden_size (32)"]),
+    ("opt", dict(_remove_final_layer_norm=True), ["_remove_final_layer_norm"]),
     ("phi", dict(qk_layernorm=True), ["qk_layernorm"]),
     ("cohere", dict(use_qk_norm=True), ["use_qk_norm"]),
     ("qwen2_moe", dict(mlp_only_layers=[0]), ["mlp_only_layers"]),
@@ -79,6 +82,20 @@ def test_fused_tensors_lie_as_hf_has_them(tmp_path):
         qkv = einops.rearrange(load_file(folder / "model.safetensors")[hf], pattern, s=3, n=4)
         for part, name in zip(qkv, "qkv", strict=True):
             np.testing.assert_array_equal(part, params["layers"]["attn"][name]["weight"][1])
+
+
+def test_positions_past_the_table_are_an_error(tmp_path):
+    arch_config = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 408, "n_positions": 16}
+    arch = families.architecture(arch_config, 16)
+    weights.save_params(weights.random_params(arch, 0), arch, tmp_path, {})
+    (tmp_path / "config.json").write_text(json.dumps(arch_config))
+    tiny.make_tokenizer().save_pretrained(tmp_path)
+    model = orpo_jax.load_model(tmp_path)
+    assert model.logits(np.zeros((1, 16), int)).shape == (1, 16, 408)
+    with pytest.raises(ValueError, match="at most the model's 16 positions, got 17"):
+        model.logits(np.zeros((1, 17), int))
+    with pytest.raises(ValueError, match="at most the model's 16 positions"):
+        model.generate("the sky is", max_new_tokens=16)
 
 
 def test_a_coefficient_without_experts_is_an_error(tmp_path):
