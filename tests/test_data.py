@@ -403,6 +403,8 @@ def test_steps_of_full_rows_do_not_depend_on_the_machine(pretrained):
 class Lengths:
     """Stands for Pairs where nothing but lengths is read."""
 
+    tail = 0
+
     def __init__(self, parts):
         self.prompt, self.chosen, self.rejected = parts.T
 

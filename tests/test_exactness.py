@@ -15,7 +15,7 @@ import tiny
 from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_step import KEEP_GRADIENTS
+from trial import KEEP_GRADIENTS
 
 from orpo_jax import attention, data, head, kernels, loss, packing, sharding, weights
 from orpo_jax import step as step_lib
