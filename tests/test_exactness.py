@@ -141,7 +141,7 @@ def step_of(family, backend="xla", remat="none", chunks=1):
     mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
     layout = data.Layout((T,), ROWS, 1, SLOTS, T, 2 * T, ROWS * MICRO_BATCHES, True)
     model = step_lib.Model(weights.make_graph(arch), jnp.dtype("float32"), layout, head.Settings(BETA, chunks),
-                           backend, remat)
+                           backend, remat=remat)
     with jax.set_mesh(mesh), interpreted():
         abstract = weights.abstract_params(arch, jnp.float32, mesh)
         shardings = step_lib.state_shardings(abstract, KEEP_GRADIENTS, mesh)
@@ -291,7 +291,7 @@ def influence_of(family, backend):
         # A word to each position: the table's gradient is the positions'.
         own = nnx.merge(graph, {**params, "embed": inputs_BTD.reshape(-1, inputs_BTD.shape[-1])})
         attend = kernels.row_attention_of(backend, rows, interpret=True)
-        hidden_BTD, _ = own(jnp.arange(rows.ids.size).reshape(rows.ids.shape), rows.positions, attend)
+        hidden_BTD, _, _ = own(jnp.arange(rows.ids.size).reshape(rows.ids.shape), rows.positions, attend)
         logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, module.unembedding()[0])
         logps_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), rows.targets[..., None], 2)[..., 0]
         asked_BT = rows.segments == 1 + jnp.arange(len(rows.ids))[:, None]
