@@ -65,7 +65,7 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
     run = partial(_on_device, activation, unroll)
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return run((), 0, x_BTD, weights_BTC, chosen_BTC, experts)
+        return run(0, x_BTD, weights_BTC, chosen_BTC, experts)
     axes = tuple(axis for axis in ("expert", "tensor") if mesh.shape[axis] > 1)
     by_row, by_expert = P(BATCH_AXES), P("expert", None, "tensor")
 
@@ -75,7 +75,7 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
             first = jax.lax.axis_index("expert") * experts[0].shape[0]
             x_BTD, weights_BTC, chosen_BTC = (jax.lax.all_gather(x, "expert", axis=0, tiled=True)
                                               for x in (x_BTD, weights_BTC, chosen_BTC))
-        y_BTD = run(axes, first, x_BTD, weights_BTC, chosen_BTC, experts)
+        y_BTD = run(first, x_BTD, weights_BTC, chosen_BTC, experts)
         if "tensor" in axes:
             y_BTD = jax.lax.psum(y_BTD, "tensor")
         if "expert" in axes:
@@ -86,23 +86,21 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
                          check_vma=False)(x_BTD, weights_BTC, chosen_BTC, experts)
 
 
-def _on_device(activation: Callable[[Array], Array], unroll: bool, axes: tuple[str, ...], first: Any, x_BTD: Array,
-               weights_BTC: Array, chosen_BTC: Array, experts: Weights) -> Array:
+def _on_device(activation: Callable[[Array], Array], unroll: bool, first: Any, x_BTD: Array, weights_BTC: Array,
+               chosen_BTC: Array, experts: Weights) -> Array:
     """Returns what the experts from `first` on, which this device holds, add to each token."""
     B, T, D = x_BTD.shape
     num_experts, num_used = experts[0].shape[0], chosen_BTC.shape[-1]
     mine_S = chosen_BTC.reshape(-1) - first
-    here_S = (mine_S >= 0) & (mine_S < num_experts)
-    mine_S = jnp.where(here_S, mine_S, num_experts)  # the others' uses come last, and belong to no group
+    # The others' uses come last, and belong to no group.
+    mine_S = jnp.where((mine_S >= 0) & (mine_S < num_experts), mine_S, num_experts)
     sizes_X = jnp.sum(jax.nn.one_hot(mine_S, num_experts, dtype=jnp.int32), axis=0)
     order_S = jnp.argsort(mine_S, stable=True)
-    x_MD = x_BTD.reshape(-1, D)
+    # Token by token, as chosen_BTC has them; 0 of the experts of other devices.
     y_SD = jax.lax.platform_dependent(
-        x_MD, order_S, sizes_X, experts,
+        x_BTD.reshape(-1, D), order_S, sizes_X, experts,
         cpu=partial(_in_blocks, activation, unroll), default=partial(_ragged, activation))
-    weights_S = jnp.where(here_S, weights_BTC.reshape(-1), 0).astype(x_BTD.dtype)
-    # y is in the order of uses: token by token, expert by expert.
-    return jnp.sum((y_SD * weights_S[:, None]).reshape(B, T, num_used, D), axis=2)
+    return jnp.sum(y_SD.reshape(B, T, num_used, D) * weights_BTC[..., None].astype(x_BTD.dtype), axis=2)
 
 
 # Uses are a permutation of the tokens' own order, C to a token: both gathers have gathers for gradients, where autodiff

@@ -9,7 +9,7 @@ positions, x experts, e an expert's mlp; s the parts of a fused tensor, of which
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,6 +40,10 @@ class Weight:
     @property
     def axes(self) -> tuple[str, ...]:
         return self.stacked + tuple(self.layout.split(" -> ")[1].split())
+
+    def hf_name(self, place: Sequence[int]) -> str:
+        """Returns the name of HF's tensor at a place of the stacked axes."""
+        return self.hf.format(**dict(zip(self.stacked, place, strict=True)))
 
     @property
     def decays(self) -> bool:
@@ -90,9 +94,9 @@ def attention(qkv_bias: bool, o_bias: bool, o: str = "o_proj", hf: str = "self_a
             *linear("attn/v", f"{hf}.v_proj", K, qkv_bias), *linear("attn/o", f"{hf}.{o}", O, o_bias))
 
 
-def gated_mlp(bias: bool = False) -> Table:
-    return (*linear("mlp/gate", "mlp.gate_proj", UP, bias), *linear("mlp/up", "mlp.up_proj", UP, bias),
-            *linear("mlp/down", "mlp.down_proj", DOWN, bias))
+def gated_mlp(bias: bool = False, path: str = "mlp", hf: str = "mlp") -> Table:
+    return (*linear(f"{path}/gate", f"{hf}.gate_proj", UP, bias), *linear(f"{path}/up", f"{hf}.up_proj", UP, bias),
+            *linear(f"{path}/down", f"{hf}.down_proj", DOWN, bias))
 
 
 def plain_mlp(up: str, down: str, bias: bool, layouts: tuple[str, str] = (UP, DOWN)) -> Table:
@@ -152,16 +156,18 @@ def llama_like(*, qkv_bias: bool | str = False, o_bias: bool | str = False, mlp_
     return table
 
 
+llama_with_biases = partial(llama_like, qkv_bias="attention_bias", o_bias="attention_bias")
+
+
 def experts(config: Config, router: str, names: str, gate: str, up: str, down: str) -> Table:
     """Returns the rows of a mixture of experts, and of the shared one where the config gives it a size."""
-    shared = "shared_expert_intermediate_size" in config
+    shared = (*gated_mlp(path="mlp/shared", hf="mlp.shared_expert"),
+              Weight("mlp/shared_gate", "mlp.shared_expert_gate.weight", "s d -> d"))
     return (Weight("mlp/router", f"{router}.weight", "x d -> d x"),
             *(Weight(f"mlp/{path}", f"{names}.{{x}}.{hf}.weight", layout)
               for path, hf, layout in (("gate", gate, "e d -> d e"), ("up", up, "e d -> d e"),
                                        ("down", down, "d e -> d e"))),
-            *(dataclasses.replace(row, path=row.path.replace("mlp/", "mlp/shared/"),
-                                  hf=row.hf.replace("mlp.", "mlp.shared_expert.")) for row in gated_mlp() if shared),
-            *((Weight("mlp/shared_gate", "mlp.shared_expert_gate.weight", "s d -> d"),) if shared else ()))
+            *(shared if "shared_expert_intermediate_size" in config else ()))
 
 
 def mixtral_table(config: Config) -> Table:
@@ -367,16 +373,16 @@ MOE_FIELDS = "head_dim num_experts_per_tok output_router_logits router_aux_loss_
 GEMMA2_FIELDS = "query_pre_attn_scalar sliding_window layer_types final_logit_softcapping"
 
 FAMILIES = {
-    "llama": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "llama": family(llama_with_biases(mlp_bias="mlp_bias"),
                     "attention_bias mlp_bias"),
     "mistral": family(llama_like(), "sliding_window"),
     "qwen2": family(llama_like(qkv_bias=True), f"head_dim {WINDOW_FIELDS}"),
-    "qwen3": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", extra=QK_NORMS),
+    "qwen3": family(llama_with_biases(extra=QK_NORMS),
                     f"attention_bias {WINDOW_FIELDS}"),
-    "gemma": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias"), "attention_bias", gemma_spec),
-    "gemma2": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=BOTH),
+    "gemma": family(llama_with_biases(), "attention_bias", gemma_spec),
+    "gemma2": family(llama_with_biases(block=BOTH),
                      f"attention_bias attn_logit_softcapping {GEMMA2_FIELDS}", gemma_spec),
-    "gemma3_text": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=BOTH, extra=QK_NORMS),
+    "gemma3_text": family(llama_with_biases(block=BOTH, extra=QK_NORMS),
                           f"attention_bias {GEMMA2_FIELDS}", gemma_spec),
     "phi": family(phi_table, "head_dim", norm="layer", parallel=True, partial=True),
     "phi3": family(phi3_table, "head_dim sliding_window original_max_position_embeddings", partial=True),
@@ -384,19 +390,19 @@ FAMILIES = {
     "gpt2": family(gpt2_table, norm="layer"),
     "gptj": family(gptj_table, "rotary_dim", gptj_spec),
     "gpt_neox": family(gpt_neox_table, "use_parallel_residual attention_bias", parallel_spec),
-    "olmo2": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=POST, extra=WIDE_QK_NORMS),
+    "olmo2": family(llama_with_biases(block=POST, extra=WIDE_QK_NORMS),
                     "head_dim attention_bias"),
-    "olmo3": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=POST, extra=WIDE_QK_NORMS),
+    "olmo3": family(llama_with_biases(block=POST, extra=WIDE_QK_NORMS),
                     "head_dim attention_bias sliding_window layer_types"),
-    "smollm3": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "smollm3": family(llama_with_biases(mlp_bias="mlp_bias"),
                       "head_dim attention_bias mlp_bias no_rope_layers no_rope_layer_interval "
                       f"{WINDOW_FIELDS}", smollm3_spec),
-    "granite": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
+    "granite": family(llama_with_biases(mlp_bias="mlp_bias"),
                       "head_dim attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
                       "attention_multiplier", granite_spec),
     "starcoder2": family(starcoder2_table, "head_dim sliding_window use_bias", norm="layer"),
     "stablelm": family(stablelm_table, "use_parallel_residual use_qkv_bias", parallel_spec),
-    "cohere": family(llama_like(qkv_bias="attention_bias", o_bias="attention_bias", block=ONE),
+    "cohere": family(llama_with_biases(block=ONE),
                      "head_dim attention_bias logit_scale", cohere_spec),
     "mixtral": family(mixtral_table, f"{MOE_FIELDS} sliding_window num_local_experts", moe_spec,
                       renormalise_experts=True),

@@ -13,7 +13,7 @@ from flax import nnx
 from orpo_jax import experts, head, kernels
 from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
-from orpo_jax.model import Decoder
+from orpo_jax.model import Decoder, Spec
 from orpo_jax.packing import Rows
 from orpo_jax.weights import Params, make_graph
 
@@ -32,6 +32,12 @@ class TrainState(NamedTuple):
 def compute_dtype(dtype: str, platform: str) -> jnp.dtype:
     """Returns the type of activations; 'auto' is float32 on CPU, where bfloat16 is three times slower."""
     return jnp.dtype({"auto": "float32" if platform == "cpu" else "bfloat16"}.get(dtype, dtype))
+
+
+def choose_attention(name: str, platform: str, spec: Spec, dtype: Any, row_length: int) -> str:
+    """Returns the back end that runs for `model.attention` and a model's spec (kernels.choose)."""
+    return kernels.choose(name, platform, head_dim=spec.head_dim, dtype=dtype, row_length=row_length,
+                          windows=spec.windows, softcap=spec.attn_softcap)
 
 
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
@@ -111,11 +117,7 @@ class Model:
 
     def hidden(self, params: Params, rows: Rows) -> tuple[Array, Decoder, experts.Routed | None]:
         """Returns the last hidden states, the decoder as it was run, and its routers' statistics."""
-        # Embeddings, head and routers stay as they are, and are cast where they are used.
-        cast = {name: jax.tree_util.tree_map_with_path(
-            lambda path, x: x if path and path[-1].key == "router" else x.astype(self.dtype), part)
-            if name in ("layers", "final_norm") else part for name, part in params.items()}
-        module = nnx.merge(self.graph, cast)
+        module = nnx.merge(self.graph, cast(params, self.dtype))
         room = self.layout.room(rows.ids.shape[1])
         token_weights_BT = branches_of(rows) if self.balances else None
         attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,
@@ -124,6 +126,15 @@ class Model:
             hidden_BTD, _, routed = module(rows.ids, rows.positions, attend, token_weights_BT=token_weights_BT,
                                            remat=self.remat, unroll=self.unroll)
         return hidden_BTD, module, routed
+
+
+def cast(params: Params, dtype: jnp.dtype) -> Params:
+    """Returns the parameters in the type of activations; embeddings, head and routers are cast where they are used."""
+    def leaf(key_path: tuple, x: Array) -> Array:
+        return x if key_path and key_path[-1].key == "router" else x.astype(dtype)
+
+    return {name: jax.tree_util.tree_map_with_path(leaf, part) if name in ("layers", "final_norm") else part
+            for name, part in params.items()}
 
 
 def branches_of(rows: Rows) -> Array:

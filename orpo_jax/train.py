@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orpo_jax import api, data, flops, kernels, loss, optim, weights
+from orpo_jax import api, data, flops, loss, optim, weights
 from orpo_jax import config as config_lib
 from orpo_jax import step as step_lib
 from orpo_jax.card import model_card
@@ -149,9 +149,9 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
 
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
-    attention = kernels.choose(config.model.attention, platform, head_dim=arch.spec.head_dim, dtype=dtype,
-                               row_length=data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length,
-                               windows=arch.spec.windows, softcap=arch.spec.attn_softcap)
+    attention = step_lib.choose_attention(
+        config.model.attention, platform, arch.spec, dtype,
+        data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length)
 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
                 ) -> tuple[Batches, step_lib.Model]:

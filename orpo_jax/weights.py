@@ -131,8 +131,7 @@ def find_tensors(folder: pathlib.Path, arch: Architecture) -> Tensors:
 
 def hf_names(weight: Weight, sizes: Mapping[str, int]) -> list[str]:
     """Returns the names of the tensors that a weight stacks, in the order of its stacked axes."""
-    return [weight.hf.format(**dict(zip(weight.stacked, place, strict=True)))
-            for place in np.ndindex(*(sizes[axis] for axis in weight.stacked))]
+    return [weight.hf_name(place) for place in np.ndindex(*(sizes[axis] for axis in weight.stacked))]
 
 
 def _groups(layout: str) -> list[list[str]]:
@@ -205,8 +204,7 @@ def load_params(folder: pathlib.Path, arch: Architecture, *, dtype: Any = jnp.fl
 def _read_part(tensors: Tensors, weight: Weight, bounds: tuple, arch: Architecture, dtype: Any) -> np.ndarray:
     """Returns our array within `bounds` (start, stop of each axis), from slices of HF's tensors."""
     stacked = len(weight.stacked)
-    places = itertools.product(*(range(*bound) for bound in bounds[:stacked]))
-    names = [weight.hf.format(**dict(zip(weight.stacked, place, strict=True))) for place in places]
+    names = [weight.hf_name(place) for place in itertools.product(*(range(*bound) for bound in bounds[:stacked]))]
     local = dict(zip(weight.axes[stacked:], bounds[stacked:], strict=True))
     if arch.added_rows and "v" in local:
         return _read_grown(tensors.slice(names[0]), local, arch.spec.vocab_size - arch.added_rows).astype(dtype)
@@ -225,19 +223,18 @@ def _hf_part(weight: Weight, local: Mapping[str, tuple[int, int]], sizes: Mappin
 
     local: start and stop of each of our letters; of letters that share a dimension, only the first is ever cut.
     """
+    before = {weight.fused: sum(sizes[part] for part in weight.before)}
     cut, shape, inner = [], [], []
     for first, *others in _groups(weight.layout):
         stride = math.prod(_hf_size(weight, letter, sizes) for letter in others)
-        start, stop = local.get(first, (0, sizes[first]))
-        offset = sum(sizes[part] for part in weight.before) if first == weight.fused else 0
-        cut.append(slice((offset + start) * stride, (offset + stop) * stride))
+        start, stop = (before.get(first, 0) + bound for bound in local.get(first, (0, sizes[first])))
+        cut.append(slice(start * stride, stop * stride))
         shape.append(stop - start)
         inner.append(slice(None))
         for letter in others:
             assert letter not in local or local[letter] == (0, sizes[letter])
-            offset = sum(sizes[part] for part in weight.before) if letter == weight.fused else 0
             shape.append(_hf_size(weight, letter, sizes))
-            inner.append(slice(offset, offset + sizes[letter]))
+            inner.append(slice(before.get(letter, 0), before.get(letter, 0) + sizes[letter]))
     return tuple(cut), shape, tuple(inner)
 
 
@@ -264,23 +261,17 @@ def hf_tensors(params: Params, arch: Architecture) -> Iterator[tuple[str, np.nda
         rows.setdefault(weight.hf, []).append(weight)
     for weights in rows.values():
         first = weights[0]
-        shape = [_hf_size(first, letter, sizes) for group in _groups(first.layout) for letter in group]
-        places = np.ndindex(*(sizes[axis] for axis in first.stacked))
-        for place, name in zip(places, hf_names(first, sizes), strict=True):
-            tensor = None
+        for place in np.ndindex(*(sizes[axis] for axis in first.stacked)):
+            tensor = np.empty(_hf_shape(first, sizes), flat[first.path].dtype)
             for weight in weights:
                 array = flat[weight.path][place] if place else flat[weight.path]
                 if not array.is_fully_addressable:
                     array = multihost_utils.process_allgather(array, tiled=True)
-                right = " ".join(weight.axes[len(place):])
-                part = einops.rearrange(np.asarray(array), f"{right} -> {_separate(weight.layout)}")
-                tensor = np.empty(shape, part.dtype) if tensor is None else tensor
-                letters = [letter for group in _groups(weight.layout) for letter in group]
-                start = sum(sizes[part] for part in weight.before)
-                tensor[tuple(slice(start, start + sizes[letter]) if letter == weight.fused else slice(None)
-                             for letter in letters)] = part
-            assert tensor is not None
-            yield name, tensor.reshape(_hf_shape(first, sizes))
+                axes = weight.axes[len(place):]
+                cut, shape, inner = _hf_part(weight, {letter: (0, sizes[letter]) for letter in axes}, sizes)
+                tensor[cut].reshape(shape)[inner] = einops.rearrange(
+                    np.asarray(array), f"{' '.join(axes)} -> {_separate(weight.layout)}")
+            yield first.hf_name(place), tensor
 
 
 def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes: Mapping[str, str], *,

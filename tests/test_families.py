@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file
-from transformers import CONFIG_MAPPING
 
 import orpo_jax
-from orpo_jax import families, sharding, weights
+from orpo_jax import config as config_lib
+from orpo_jax import families, sharding, train, weights
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "families.md"
-SIZES = dict(vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=4)
+GPT2 = dict(model_type="gpt2", n_embd=32, n_head=4, n_layer=2)
 
 
 def test_the_page_lists_every_family():
@@ -40,11 +39,10 @@ def test_the_page_lists_every_family():
     ("gpt_bigcode", {}, ["model_type", "gpt_bigcode"]),
 ])
 def test_what_is_refused(model_type, changes, words):
-    known = CONFIG_MAPPING[model_type]().to_dict()
-    sizes = {name: size for name, size in SIZES.items() if name in known}
-    extra = {"word_embed_proj_dim": 32} if model_type == "opt" else {}
+    if model_type == "opt":
+        changes = {"word_embed_proj_dim": 32, **changes}
     with pytest.raises(ValueError) as error:
-        families.architecture({"model_type": model_type, **sizes, **extra, **changes}, 64)
+        families.architecture(tiny.family_config(model_type, **changes), 64)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
@@ -52,10 +50,8 @@ def test_what_is_refused(model_type, changes, words):
     ("phi3", (1, 2, 2)), ("gpt2", (2, 2, 2)), ("gpt_neox", (1, 2, 4)), ("mixtral", (1, 2, 2, 2))], ids=str)
 def test_a_sharded_import_is_the_whole_one_cut(tmp_path, model_type, mesh):
     """Parts of fused tensors, and experts, are read by each device from the files' own slices."""
-    known = CONFIG_MAPPING[model_type]().to_dict()
-    sizes = {name: size for name, size in SIZES.items() if name in known}
-    sizes |= {"n_embd": 32, "n_head": 4, "n_layer": 2} if model_type == "gpt2" else {}
-    arch = families.architecture({"model_type": model_type, **sizes, "pad_token_id": None}, 64)
+    changes = GPT2 if model_type == "gpt2" else {"model_type": model_type}
+    arch = families.architecture(tiny.family_config(**changes), 64)
     params = weights.random_params(arch, 0)
     weights.save_params(params, arch, tmp_path, {})
     devices = jax.devices()[:int(np.prod(mesh))]
@@ -72,9 +68,8 @@ def test_fused_tensors_lie_as_hf_has_them(tmp_path):
     for model_type, hf, pattern in (
             ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value.weight", "(n s h) d -> s d n h"),
             ("phi3", "model.layers.1.self_attn.qkv_proj.weight", "(s n h) d -> s d n h")):
-        known = CONFIG_MAPPING[model_type]().to_dict()
-        sizes = {name: size for name, size in SIZES.items() if name in known}
-        arch = families.architecture({"model_type": model_type, **sizes, "pad_token_id": None}, 64)
+        kv_heads = {"num_key_value_heads": 4} if model_type == "phi3" else {}
+        arch = families.architecture(tiny.family_config(model_type, **kv_heads), 64)
         params = weights.random_params(arch, 0)
         folder = tmp_path / model_type
         folder.mkdir()
@@ -85,10 +80,10 @@ def test_fused_tensors_lie_as_hf_has_them(tmp_path):
 
 
 def test_positions_past_the_table_are_an_error(tmp_path):
-    arch_config = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 408, "n_positions": 16}
-    arch = families.architecture(arch_config, 16)
+    config = tiny.family_config(**GPT2, n_positions=16)
+    arch = families.architecture(config, 16)
     weights.save_params(weights.random_params(arch, 0), arch, tmp_path, {})
-    (tmp_path / "config.json").write_text(json.dumps(arch_config))
+    (tmp_path / "config.json").write_text(json.dumps(config))
     tiny.make_tokenizer().save_pretrained(tmp_path)
     model = orpo_jax.load_model(tmp_path)
     assert model.logits(np.zeros((1, 16), int)).shape == (1, 16, 408)
@@ -99,8 +94,6 @@ def test_positions_past_the_table_are_an_error(tmp_path):
 
 
 def test_a_coefficient_without_experts_is_an_error(tmp_path):
-    from orpo_jax import config as config_lib
-    from orpo_jax import train
     folder = tiny.write_model(tmp_path / "model")
     config = config_lib.build({"output_dir": str(tmp_path / "run"), "model": {"path": str(folder)},
                                "orpo": {"router_aux_loss_coef": 0.1}, "train": {"batch_size": 2, "max_steps": 1}})

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.numpy import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from orpo_jax import weights
 from orpo_jax.families import architecture
@@ -57,6 +57,14 @@ def config_of(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
     if model_type == "qwen2":
         del config["head_dim"]
     return {**config, **changes}
+
+
+def family_config(model_type: str, **changes: Any) -> dict[str, Any]:
+    """Returns a small config of any family; a size that its config does not know is left out."""
+    sizes = dict(vocab_size=408, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    known = CONFIG_MAPPING[model_type]().to_dict()
+    return {"model_type": model_type, **{name: size for name, size in sizes.items() if name in known}, **changes}
 
 
 # A mixture of experts whose router prefers some: with weights as small as the others', all would be used alike.

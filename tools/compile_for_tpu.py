@@ -56,11 +56,6 @@ def placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
-def choose(asked: str, arch: Architecture) -> str:
-    return kernels.choose(asked, "tpu", head_dim=arch.spec.head_dim, dtype=SETTINGS.dtype, row_length=data.ROW_UNIT,
-                          windows=arch.spec.windows, softcap=arch.spec.attn_softcap)
-
-
 def lower_step(args: argparse.Namespace, arch: Architecture, mesh: Mesh, attention: str, remat: str) -> Any:
     """Returns the project's train step, lowered for the pairs of args."""
     lengths = pairs_lib.lengths("ultrafeedback", SAMPLE_PAIRS)
@@ -88,7 +83,8 @@ def lower_trl(args: argparse.Namespace, arch: Architecture, mesh: Mesh, attentio
         bounds_BS4 = jnp.stack([0 * lengths_B, 0 * lengths_B, lengths_B, lengths_B], axis=-1)[:, None]
         rows = packing.empty_rows(*ids_BT.shape, max_pairs=1)._replace(
             ids=ids_BT, q_end=jnp.full_like(ids_BT, ids_BT.shape[1]), bounds=bounds_BS4)
-        return kernels.row_attention_of(attention, rows, expanded_length=ids_BT.shape[1])
+        return kernels.row_attention_of(attention, rows, expanded_length=ids_BT.shape[1],
+                                        softcap=arch.spec.attn_softcap)
 
     loss_of = jax_side.trl_layout_loss(arch, SETTINGS, attend_of, remat=remat)
 
@@ -152,7 +148,7 @@ def compile_one(lower: Any, mesh: Mesh, embed_shape: tuple[int, ...] = ()) -> di
 def steps(args: argparse.Namespace) -> None:
     """Prints a line for each program of the train step, or of one in TRL's layout."""
     arch = architecture(models.SHAPES[args.model] | json.loads(args.model_changes), TRL_LENGTH)
-    attention = choose(args.attention, arch)
+    attention = step_lib.choose_attention(args.attention, "tpu", arch.spec, SETTINGS.dtype, data.ROW_UNIT)
     lower = {"step": lower_step, "trl": lower_trl}[args.program]
     for topology in args.topologies:
         for sizes in args.meshes:

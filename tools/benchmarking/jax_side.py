@@ -20,7 +20,7 @@ from benchmarking.flop_count import at_full_depth, counted, row_flops
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
 from orpo_jax import config as config_lib
-from orpo_jax import data, flops, head, kernels, loss, optim, sharding, weights
+from orpo_jax import data, flops, head, loss, optim, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
@@ -49,8 +49,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     platform = mesh.devices.flat[0].platform
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
     table = as_data(pairs)
-    attention = kernels.choose("auto", platform, head_dim=arch.spec.head_dim, dtype=settings.dtype,
-                               row_length=data.ROW_UNIT, windows=arch.spec.windows)
+    attention = step_lib.choose_attention("auto", platform, arch.spec, settings.dtype, data.ROW_UNIT)
     layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
                               key_cost=flops.key_cost(arch, attention))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
@@ -100,12 +99,12 @@ def trl_layout_loss(arch: Architecture, settings: Settings, attend_of: Attend | 
         ids_BT, lengths_B, prompts_B = micro
         half, positions_T = len(ids_BT) // 2, jnp.arange(ids_BT.shape[1])
         positions_BT = jnp.broadcast_to(positions_T, ids_BT.shape)
-        cast = {name: part if name in ("embed", "unembed") else jax.tree.map(lambda x: x.astype(dtype), part)
-                for name, part in params.items()}
-        module = nnx.merge(graph, cast)
-        attend = attend_of(ids_BT, lengths_B) if attend_of is not None else causal_attention(positions_BT)
+        module, spec = nnx.merge(graph, step_lib.cast(params, dtype)), arch.spec
+        attend = (attend_of(ids_BT, lengths_B) if attend_of is not None else
+                  causal_attention(positions_BT, spec.attn_softcap))
         hidden_BTD, _, _ = module(ids_BT, positions_BT, attend, **options)
-        logps_BTV = jax.nn.log_softmax(head.logits(hidden_BTD, *module.unembedding())[:, :-1])
+        logits_BTV = head.logits(hidden_BTD, *module.unembedding(), softcap=spec.logit_softcap)
+        logps_BTV = jax.nn.log_softmax(logits_BTV[:, :-1])
         logps_BT = jnp.take_along_axis(logps_BTV, ids_BT[:, 1:, None], axis=-1)[..., 0]
         real_BT = positions_T[1:] < lengths_B[:, None]
         response_BT = real_BT & (positions_T[1:] >= prompts_B[:, None])
