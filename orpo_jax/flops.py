@@ -25,7 +25,7 @@ def peak_flops(device_kind: str) -> float | None:
 def matmul_weights(arch: Architecture) -> int:
     """Returns how many weights each token is multiplied with: the layers' matrices, and the head's even if tied."""
     spec = arch.spec
-    matrices = [weight for weight in arch.table if weight.decays and weight.path.startswith("layers/")]
+    matrices = [weight for weight in arch.table if weight.decays and "layers/" in weight.path]
     sizes = spec.sizes
     used = lambda weight: sizes | {"x": spec.experts_per_token} if "x" in weight.stacked else sizes
     return sum(math.prod(weight.shape(used(weight))) for weight in matrices) + spec.vocab_size * spec.d_model

@@ -13,7 +13,6 @@ from flax import nnx
 from orpo_jax import experts, head, kernels
 from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
-from orpo_jax.model import Decoder
 from orpo_jax.packing import Rows
 from orpo_jax.weights import Params, make_graph
 
@@ -72,7 +71,7 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, shard
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The decoder as a function of its parameters and some rows."""
+    """The model as a function of its parameters and some rows."""
 
     graph: nnx.GraphDef
     dtype: jnp.dtype
@@ -109,13 +108,17 @@ class Model:
                      "steps": jnp.sum(branches_of(rows)) / counts.inputs}
         return part, sums
 
-    def hidden(self, params: Params, rows: Rows) -> tuple[Array, Decoder, experts.Routed | None]:
-        """Returns the last hidden states, the decoder as it was run, and its routers' statistics."""
-        # Embeddings, head and routers stay as they are, and are cast where they are used.
+    def hidden(self, params: Params, rows: Rows) -> tuple[Array, Any, experts.Routed | None]:
+        """Returns the last hidden states, the module as it was run, and its routers' statistics."""
+        # Embeddings, head, routers and biases of distances stay as they are, and are cast where they are used.
         cast = {name: jax.tree_util.tree_map_with_path(
             lambda path, x: x if path and path[-1].key == "router" else x.astype(self.dtype), part)
-            if name in ("layers", "final_norm") else part for name, part in params.items()}
+            if name.endswith(("layers", "norm")) else part for name, part in params.items()}
         module = nnx.merge(self.graph, cast)
+        if rows.encoder_ids is not None:
+            with head.precision(self.dtype):
+                return module(rows.encoder_ids, rows.encoder_lengths, rows.ids, rows.positions, rows.q_end,
+                              remat=self.remat, unroll=self.unroll), module, None
         room = self.layout.room(rows.ids.shape[1])
         token_weights_BT = branches_of(rows) if self.balances else None
         attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,

@@ -149,9 +149,12 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
 
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
-    attention = kernels.choose(config.model.attention, platform, head_dim=arch.spec.head_dim, dtype=dtype,
-                               row_length=data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length,
-                               windows=arch.spec.windows, softcap=arch.spec.attn_softcap)
+    if arch.encodes:
+        check_encodes(config)
+    attention = "xla" if arch.encodes else kernels.choose(
+        config.model.attention, platform, head_dim=arch.spec.head_dim, dtype=dtype,
+        row_length=data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length,
+        windows=arch.spec.windows, softcap=arch.spec.attn_softcap)
 
     def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
                 ) -> tuple[Batches, step_lib.Model]:
@@ -183,6 +186,17 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
                lambda model: step_lib.make_train_step(model, optimizer, schedule, shardings),
                {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
+
+
+def check_encodes(config: Config) -> None:
+    """Raises a ValueError for what an encoder-decoder has none of, and says what it does without."""
+    config_lib.check(config.model.attention in ("auto", "xla"), "model.attention",
+                     "must be 'auto' or 'xla' for an encoder-decoder", config.model.attention)
+    config_lib.check(config.train.rows_per_step is None, "train.rows_per_step",
+                     "must be None for an encoder-decoder", config.train.rows_per_step,
+                     "its rows hold a pair each: set train.batch_size")
+    if config.data.packing:
+        log.info("data.packing is off for an encoder-decoder: a row holds one pair, and its prompt is encoded once")
 
 
 def load_eval_pairs(config: Config, rows: Rows | None, pretrained: Pretrained) -> dict[str | None, data.Pairs]:
@@ -291,7 +305,7 @@ def compile_step(job: Job) -> Callable:
 def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:
     """Returns a step's useful share of a second of all devices at their peak; None where the peak is not known."""
     peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind)
-    if peak is None or job.model.dtype != jnp.bfloat16:
+    if peak is None or job.model.dtype != jnp.bfloat16 or job.arch.encodes:
         return None
     return lambda info: flops.step_flops(job.arch, info.branches) / (peak * job.mesh.size)
 
@@ -322,9 +336,11 @@ def show_samples(job: Job, params: weights.Params, pairs: data.Pairs) -> None:
     some = [pairs[i] for i in range(min(settings.num_samples, len(pairs)))]
     if not some:
         return
-    prompts = [pair.chosen_ids[:pair.chosen_prompt].tolist() or [job.pretrained.stop_ids[0]] for pair in some]
+    prompts = [(pair.chosen_ids[:pair.chosen_prompt] if pair.encoder_ids is None else pair.encoder_ids).tolist()
+               or [job.pretrained.stop_ids[0]] for pair in some]
     replies = generate(job.model.graph, params, prompts, stop_ids=job.pretrained.stop_ids,
-                       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=job.config.seed)
+                       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=job.config.seed,
+                       decoder_start=job.pretrained.decoder_start)
     for prompt, reply in zip(prompts, replies, strict=True):
         log.info("sample\n  prompt: %s\n  reply:  %s", tokenizer.decode(prompt).strip(),
                  tokenizer.decode(reply, skip_special_tokens=True).strip())
