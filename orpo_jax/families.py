@@ -426,10 +426,10 @@ COMMON_FIELDS = frozenset({
 })
 WINDOW_FIELDS = "use_sliding_window sliding_window max_window_layers layer_types"
 MOE_FIELDS = "head_dim num_experts_per_tok output_router_logits router_aux_loss_coef"
-T5_FIELDS = frozenset(
-    "d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
-    "relative_attention_max_distance feed_forward_proj dense_act_fn is_gated_act scale_decoder_outputs "
-    "decoder_start_token_id".split())
+# T5's published files have n_positions, which no number of theirs depends on.
+T5_FIELDS = ("d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
+             "relative_attention_max_distance feed_forward_proj dense_act_fn is_gated_act scale_decoder_outputs "
+             "decoder_start_token_id n_positions")
 GEMMA2_FIELDS = "query_pre_attn_scalar sliding_window layer_types final_logit_softcapping"
 
 FAMILIES = {
@@ -474,7 +474,7 @@ FAMILIES = {
                   rope_interleaved=True),
     "glm4": family(llama_like(qkv_bias="attention_bias", mlp=FUSED_GATED_MLP, block=GLM4), "attention_bias",
                    partial=True, rope_interleaved=True),
-    "t5": Family(t5_spec, t5_table, T5_FIELDS, EncoderDecoder),
+    "t5": Family(t5_spec, t5_table, frozenset(T5_FIELDS.split()), EncoderDecoder),
 }
 
 # Fields that change no number of training: names, token ids, and settings of generation, of initialisation, of dropout
@@ -482,11 +482,12 @@ FAMILIES = {
 INERT_FIELDS = frozenset({
     "_attn_implementation", "_commit_hash", "_name_or_path", "_sliding_window_pattern", "architectures",
     "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
-    "dropout", "dropout_rate", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "hidden_dropout", "id2label", "init_std",
-    "initializer_factor", "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "max_length", "model_type",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
-    "residual_dropout", "return_dict", "rope_interleaved", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype", "transformers.js_config",
+    "dropout", "dropout_rate", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
+    "hidden_dropout", "id2label", "init_std", "initializer_factor", "initializer_range", "is_encoder_decoder",
+    "is_llama_config", "label2id", "max_length", "model_type", "output_attentions", "output_hidden_states",
+    "output_past", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "residual_dropout", "return_dict",
+    "rope_interleaved", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config",
     "transformers_version", "unk_token_id", "use_cache", "use_return_dict",
 })
 

@@ -4,8 +4,9 @@ Schedules are those of Hugging Face transformers, optimisers those that its Trai
 This module does not know which weights decay (the caller's mask says so, from the weight table) nor how
 anything is sharded.
 
-Parameters are a nested dict: "layers" (of an encoder-decoder, "encoder_layers" and "decoder_layers") holds arrays
-stacked over the layers, [L, ...], every other key a tensor or a dict of them. Shape letters: L layers, D model, N query heads, H head size.
+Parameters are a nested dict: "layers" (of an encoder-decoder, "encoder_layers" and "decoder_layers") holds
+arrays stacked over the layers, [L, ...], every other key a tensor or a dict of them. Shape letters: L
+layers, D model, N query heads, H head size.
 """
 
 import math
@@ -83,7 +84,8 @@ def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransfor
     def parts(params: Any) -> Any:
         """Each stack is a part of its own: an encoder and a decoder may differ in L."""
         labels = {key: key.removesuffix("layers") + "stacked" if key.endswith("layers") else "single" for key in params}
-        return optax.partition({label: transform if label == "single" else stacked for label in labels.values()}, labels)
+        transforms = {label: transform if label == "single" else stacked for label in labels.values()}
+        return optax.partition(transforms, labels)
 
     return optax.GradientTransformation(
         lambda params: parts(params).init(params),

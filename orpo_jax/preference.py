@@ -193,8 +193,8 @@ class Encoder:
             source = _cut_closed(prompt, config.max_prompt_length or config.max_length, config.truncation_mode)
             chosen, rejected = (_cut_closed(ids, longest, "keep_start") for ids in responses)
             lost.append(sum(map(len, (prompt, *responses))) - sum(map(len, (source, chosen, rejected))))
-            sides = (np.array([decoder_start, *ids], np.int32) for ids in (chosen, rejected))
-            pairs.append(Pair(*sides, 1, 1, 1, np.array(source, np.int32)))
+            after_start = lambda ids: np.array([decoder_start, *ids], np.int32)
+            pairs.append(Pair(after_start(chosen), after_start(rejected), 1, 1, 1, np.array(source, np.int32)))
         return pairs, np.array(lost)
 
     def _side(self, ids: list[int], offsets: Sequence[tuple[int, int]], texts: Texts) -> tuple[list[int], int]:

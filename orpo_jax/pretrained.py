@@ -35,10 +35,11 @@ class Pretrained:
         """The id that an encoder-decoder's responses follow; None for a decoder."""
         if FAMILIES[self.config["model_type"]].module is not EncoderDecoder:
             return None
-        start = self.config.get("decoder_start_token_id", self.generation_config.get("decoder_start_token_id"))
+        starts = [some.get("decoder_start_token_id") for some in (self.config, self.generation_config)]
+        start = next((start for start in starts if start is not None), None)
         if start is None:
-            raise ValueError(f"{self.folder / 'config.json'}: an encoder-decoder needs decoder_start_token_id, got None; "
-                             "T5's is its pad_token_id")
+            raise ValueError("config.json: an encoder-decoder needs decoder_start_token_id, got None; T5's is its "
+                             "pad_token_id")
         return start
 
     @property

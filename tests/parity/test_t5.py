@@ -77,7 +77,7 @@ def test_what_pytorch_writes_loads(tmp_path):
     save_file({**tensors, **copies, **unread}, file, metadata={"format": "pt"})
     np.testing.assert_array_equal(orpo_jax.load_model(folder).logits(ids, decoder_ids), expected)
     save_file({**tensors, "lm_head.weight": tensors["shared.weight"] + 1}, file, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lm_head.weight: must be shared.weight once more, and differs"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight: must be shared.weight once more, and differs"):
         orpo_jax.load_model(folder)
 
 
@@ -89,7 +89,8 @@ def test_generation_is_greedy_pytorch_s(tmp_path):
     for prompt, got in zip(prompts, model.generate(prompts, max_new_tokens=12), strict=True):
         out = theirs.generate(tokenizer(prompt, return_tensors="pt")["input_ids"].long(), max_new_tokens=12,
                               # The cache of transformers 5.24 has as many layers as the encoder.
-                              use_cache=False, do_sample=False, pad_token_id=2, eos_token_id=1, decoder_start_token_id=2)
+                              use_cache=False, do_sample=False, pad_token_id=2, eos_token_id=1,
+                              decoder_start_token_id=2)
         assert got == tokenizer.decode(out[0, 1:], skip_special_tokens=True)
         seen.add(got)
     assert len(seen) > 1
