@@ -84,7 +84,7 @@ def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransfor
     def parts(params: Any) -> Any:
         """Each stack is a part of its own: an encoder and a decoder may differ in L."""
         labels = {key: key.removesuffix("layers") + "stacked" if key.endswith("layers") else "single" for key in params}
-        transforms = {label: transform if label == "single" else stacked for label in labels.values()}
+        transforms: dict[Any, Any] = {label: transform if label == "single" else stacked for label in labels.values()}
         return optax.partition(transforms, labels)
 
     return optax.GradientTransformation(

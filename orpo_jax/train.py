@@ -305,9 +305,9 @@ def compile_step(job: Job) -> Callable:
 def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:
     """Returns a step's useful share of a second of all devices at their peak; None where the peak is not known."""
     peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind)
-    if peak is None or job.model.dtype != jnp.bfloat16 or job.arch.encodes:
+    if peak is None or job.model.dtype != jnp.bfloat16:
         return None
-    return lambda info: flops.step_flops(job.arch, info.branches) / (peak * job.mesh.size)
+    return lambda info: flops.step_flops(job.arch, info.branches, info.encoded) / (peak * job.mesh.size)
 
 
 def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bool:

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from flax import nnx
 from safetensors.numpy import load_file
 from trial import PAIRS, Trial, assert_same
 
 import orpo_jax
 from orpo_jax import config as config_lib
-from orpo_jax import data, families, optim, packing, preference, pretrained, t5, train
+from orpo_jax import data, families, flops, head, optim, packing, preference, pretrained, t5, train, weights
 from orpo_jax.config import DataConfig
 
 START, EOS = 2, 1
@@ -175,8 +176,6 @@ def test_padding_and_the_other_response_are_not_seen(folder, trial):
 
 
 def t5_module(folder):
-    from flax import nnx
-
     model = orpo_jax.load_model(folder)
     return nnx.merge(model.graph, model.params)
 
@@ -216,6 +215,23 @@ def test_layers_of_each_stack_are_optimised_apart(name):
             cut = lambda tree, stack=stack, layer=layer: tree[stack]["weight"][layer]
             expected = update({"it": {"weight": cut(grads)}}, {"it": {"weight": cut(params)}})
             np.testing.assert_allclose(cut(got), expected["it"]["weight"], rtol=1e-4, atol=1e-7)
+
+
+def test_useful_work_is_what_the_compiler_counts():
+    """But for the half of the decoder's scores that nobody sees, and what no matmul does."""
+    arch = families.architecture({**tiny.T5, **tiny.T5_GATED, "vocab_size": 4096, "d_model": 256, "d_ff": 512,
+                                  "d_kv": 64}, 1)
+    S, T = 96, 64
+
+    def run(params):
+        module = nnx.merge(weights.make_graph(arch), params)
+        ids_1T = jnp.zeros((1, T), int)
+        hidden = module(jnp.zeros((1, S), int), jnp.full(1, S), ids_1T, ids_1T, jnp.full_like(ids_1T, T), unroll=True)
+        return jax.nn.logsumexp(head.logits(hidden, *module.unembedding()), axis=-1).sum()
+
+    counted = jax.jit(jax.grad(run)).lower(weights.random_params(arch, 0)).compile().cost_analysis()["flops"]
+    got = flops.step_flops(arch, np.array([[0, T - 10, 10]]), np.array([S]))
+    assert 0.9 * counted < got < counted
 
 
 # Runs
@@ -263,7 +279,8 @@ def test_what_is_refused(folder, tmp_path, one_device, sections, words):
 
 
 @pytest.mark.parametrize(("changes", "words"), [
-    (dict(is_encoder_decoder=False), "is_encoder_decoder"), (dict(feed_forward_proj="gated-tanhshrink"), "forward_proj"),
+    (dict(is_encoder_decoder=False), "is_encoder_decoder"),
+    (dict(feed_forward_proj="gated-tanhshrink"), "feed_forward_proj"),
     (dict(relative_attention_num_buckets=7), "relative_attention_num_buckets"),
     (dict(relative_attention_max_distance=4), "relative_attention_max_distance"), (dict(is_decoder=True), "is_decoder"),
     (dict(sliding_window=3), "sliding_window")], ids=str)
