@@ -104,4 +104,4 @@ def load(file: pathlib.Path) -> list[Pair]:
     with np.load(file) as arrays:
         ids, counts = arrays["ids"], arrays["counts"]
     parts = np.split(ids, np.cumsum(counts[:, :2].reshape(-1))[:-1])
-    return [Pair(parts[2 * i], parts[2 * i + 1], *map(int, row[2:])) for i, row in enumerate(counts)]
+    return [Pair(parts[2 * i], parts[2 * i + 1], *row) for i, row in enumerate(counts[:, 2:].tolist())]
