@@ -80,7 +80,7 @@ CASES = {
     "glm": dict(model_type="glm", head_dim=12, attention_bias=True),
     "glm4": dict(model_type="glm4", head_dim=12, attention_bias=True, tie_word_embeddings=True),
 }
-# test_t5.py has the others.
+# test_encoder_decoder.py has the others.
 DECODERS = [name for name, family in families.FAMILIES.items() if family.module is Decoder]
 FIRST = {case["model_type"]: name for name, case in reversed(CASES.items())}
 SIZES = dict(vocab_size=408, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
