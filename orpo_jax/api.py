@@ -15,6 +15,7 @@ from orpo_jax import checkpoint, generate, head, weights
 from orpo_jax.attention import causal_attention
 from orpo_jax.config import check
 from orpo_jax.families import Architecture, architecture
+from orpo_jax.preference import encode_closed
 from orpo_jax.pretrained import Pretrained, open_pretrained
 from orpo_jax.rundir import BASE_MODEL
 
@@ -27,13 +28,30 @@ class LoadedModel:
     params: weights.Params
     dtypes: dict[str, str]
 
-    def logits(self, input_ids_BT: Any) -> jax.Array:
-        """Returns float32 logits [B, T, V] of right-padded or whole sequences from position 0."""
-        ids_BT = np.asarray(input_ids_BT)
-        check(ids_BT.ndim == 2 and ids_BT.size > 0, "input_ids", "must be [B, T] ids", ids_BT.shape)
+    def logits(self, input_ids: Any, decoder_input_ids: Any = None, *, input_lengths: Any = None) -> jax.Array:
+        """Returns float32 logits [B, T, V] of right-padded or whole sequences from position 0.
+
+        Of an encoder-decoder they are those of decoder_input_ids, and input_ids are the prompts, each with its length
+        in input_lengths [B] where some are padded.
+        """
+        ids = self._checked(input_ids, "input_ids")
+        if not self.arch.encodes:
+            check(decoder_input_ids is None and input_lengths is None, "decoder_input_ids, input_lengths",
+                  "are an encoder-decoder's", self.arch.config["model_type"])
+            self._check_length(ids.shape[1], "input_ids")
+            return _logits(self.graph, self.params, ids)
+        check(decoder_input_ids is not None, "decoder_input_ids", "must be given to an encoder-decoder", None)
+        lengths_B = np.full(len(ids), ids.shape[1]) if input_lengths is None else np.asarray(input_lengths)
+        check(lengths_B.shape == (len(ids),), "input_lengths", f"must be [{len(ids)}] numbers", lengths_B.shape)
+        decoder_ids = self._checked(decoder_input_ids, "decoder_input_ids")
+        check(len(decoder_ids) == len(ids), "decoder_input_ids", f"must have {len(ids)} rows", len(decoder_ids))
+        return _decoder_logits(self.graph, self.params, ids, jnp.asarray(lengths_B, jnp.int32), decoder_ids)
+
+    def _checked(self, ids: Any, name: str) -> jax.Array:
+        ids_BT = np.asarray(ids)
+        check(ids_BT.ndim == 2 and ids_BT.size > 0, name, "must be [B, T] ids", ids_BT.shape)
         self._check_ids(ids_BT.max())
-        self._check_length(ids_BT.shape[1], "input_ids")
-        return _logits(self.graph, self.params, jnp.asarray(ids_BT, jnp.int32))
+        return jnp.asarray(ids_BT, jnp.int32)
 
     def _check_ids(self, max_id: int) -> None:
         """JAX would clamp ids past the table in silence."""
@@ -54,15 +72,18 @@ class LoadedModel:
             ([prompts] if isinstance(prompts, str) else prompts)]
         if not texts:
             return []
-        bos = tokenizer.bos_token_id
-        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        ids = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in encoded]
-        ids = [row or [self.pretrained.stop_ids[0]] for row in ids]
+        if self.arch.encodes:
+            ids = encode_closed(tokenizer, texts)
+        else:
+            bos = tokenizer.bos_token_id
+            encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            ids = [row if bos is None or row[:1] == [bos] else [bos, *row] for row in encoded]
+            ids = [row or [self.pretrained.stop_ids[0]] for row in ids]
         self._check_ids(max(map(max, ids)))
         self._check_length(max(map(len, ids)) + max_new_tokens, "prompt and max_new_tokens")
         new = generate.generate(self.graph, self.params, ids,
                                 stop_ids=self.pretrained.stop_ids, max_new_tokens=max_new_tokens,
-                                temperature=temperature, seed=seed)
+                                temperature=temperature, seed=seed, decoder_start=self.pretrained.decoder_start)
         return [tokenizer.decode(row, skip_special_tokens=True) for row in new]
 
     def save(self, folder: str | pathlib.Path, *, overwrite: bool = False, card: str | None = None) -> None:
@@ -90,6 +111,16 @@ def _logits(graph: nnx.GraphDef, params: weights.Params, ids_BT: jax.Array) -> j
     with head.precision(module.dtype):
         hidden_BTD, _, _ = module(ids_BT, positions_BT, causal_attention(positions_BT, module.spec.attn_softcap))
         return head.logits(hidden_BTD, *module.unembedding(), softcap=module.spec.logit_softcap)
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _decoder_logits(graph: nnx.GraphDef, params: weights.Params, input_ids_BS: jax.Array, lengths_B: jax.Array,
+                    ids_BT: jax.Array) -> jax.Array:
+    module = nnx.merge(graph, params)
+    positions_BT = jnp.broadcast_to(jnp.arange(ids_BT.shape[1]), ids_BT.shape)
+    with head.precision(module.dtype):
+        hidden_BTD = module(input_ids_BS, lengths_B, ids_BT, positions_BT, jnp.full_like(ids_BT, ids_BT.shape[1]))
+        return head.logits(hidden_BTD, *module.unembedding())
 
 
 def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:

@@ -162,6 +162,12 @@ class Pairs(Sequence[Pair]):
             self._starts[side] = column.offsets.to_numpy()
         self._prompt = {side: table.column(f"{side}_prompt").to_numpy() for side in ("chosen", "rejected")}
         self._shared = table.column("shared").to_numpy()
+        # Prompts that an encoder reads; a decoder's are part of the sequences.
+        self.encodes = table.column("encoder_ids").null_count < len(table)
+        if self.encodes:
+            column = table.column("encoder_ids").combine_chunks()
+            self._flat["encoder"] = column.values.to_numpy(zero_copy_only=False)
+            self._starts["encoder"] = column.offsets.to_numpy()
 
     def __len__(self) -> int:
         return len(self.keep)
@@ -171,8 +177,13 @@ class Pairs(Sequence[Pair]):
         ids = [self._flat[side][slice(*self._starts[side][row:row + 2])] for side in ("chosen", "rejected")]
         if self.tail:
             ids = [np.append(some, np.zeros(self.tail, some.dtype)) for some in ids]
+        prompt = self._flat["encoder"][slice(*self._starts["encoder"][row:row + 2])] if self.encodes else None
         return Pair(ids[0], ids[1], int(self._prompt["chosen"][row]), int(self._prompt["rejected"][row]),
-                    int(self._shared[row]))
+                    int(self._shared[row]), prompt)
+
+    def encoder_lengths(self) -> np.ndarray:
+        """Returns the tokens of each prompt that an encoder reads: none, for a decoder."""
+        return np.diff(self._starts["encoder"])[self.keep] if self.encodes else np.zeros(len(self), np.int64)
 
     def sequence_lengths(self) -> np.ndarray:
         """Returns the tokens of each whole sequence, [pairs, 2]: chosen, rejected."""
@@ -199,12 +210,12 @@ class Pairs(Sequence[Pair]):
         return digest.hexdigest()[:32]
 
     def max_id(self) -> int:
-        return max((int(self._flat[side].max(initial=0)) for side in ("chosen", "rejected")), default=0)
+        return max((int(ids.max(initial=0)) for ids in self._flat.values()), default=0)
 
 
 def load_pairs(source: Source, pretrained: Pretrained, config: DataConfig) -> tuple[Pairs, dict[str, int]]:
     """Returns the tokenised pairs that are kept, and the counts of what was read, cut and dropped."""
-    encoder = Encoder(pretrained.tokenizer, pretrained.stop_ids, config)
+    encoder = Encoder(pretrained.tokenizer, pretrained.stop_ids, config, pretrained.decoder_start)
     table = _tokenised(source, encoder)
     lost, identical, empty = (np.asarray(table[name]) for name in ("lost", "identical", "empty"))
     dropped = np.zeros(len(table), bool)
@@ -229,8 +240,8 @@ def load_pairs(source: Source, pretrained: Pretrained, config: DataConfig) -> tu
 
 TOKENISED = pa.schema([
     ("index", pa.int64()), ("chosen_ids", pa.list_(pa.int32())), ("rejected_ids", pa.list_(pa.int32())),
-    ("chosen_prompt", pa.int32()), ("rejected_prompt", pa.int32()), ("shared", pa.int32()), ("lost", pa.int32()),
-    ("identical", pa.bool_()), ("empty", pa.bool_()),
+    ("chosen_prompt", pa.int32()), ("rejected_prompt", pa.int32()), ("shared", pa.int32()),
+    ("encoder_ids", pa.list_(pa.int32())), ("lost", pa.int32()), ("identical", pa.bool_()), ("empty", pa.bool_()),
 ])
 
 
@@ -281,8 +292,8 @@ def _tokenised(source: Source, encoder: Encoder) -> pa.Table:
     """Returns the tokenised rows from the cache, which is keyed by rows, tokenizer and settings, or makes them."""
     tokenizer, config = encoder.tokenizer, encoder.config
     settings = [config.max_length, config.max_prompt_length, config.max_completion_length, config.truncation_mode,
-                encoder.stop_ids, tokenizer.bos_token_id]
-    key = _hash("1", source.hash, tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.chat_template),
+                encoder.stop_ids, tokenizer.bos_token_id, encoder.decoder_start]
+    key = _hash("2", source.hash, tokenizer.backend_tokenizer.to_str(), json.dumps(tokenizer.chat_template),
                 json.dumps(settings))
     file = CACHE / "tokenised" / f"{key}.arrow"
     if not _readable(file):
@@ -344,11 +355,12 @@ class StepBatch(NamedTuple):
 class BatchInfo(NamedTuple):
     slots: int  # positions computed
     branches: np.ndarray  # [pairs, 3], as packing.branch_lengths returns them
+    encoded: np.ndarray  # [pairs], tokens that an encoder reads
 
     @property
     def tokens(self) -> int:
         """Positions that hold a token."""
-        return packing.count_positions(self.branches)
+        return packing.count_positions(self.branches) + int(self.encoded.sum())
 
 
 class Room(NamedTuple):
@@ -374,6 +386,7 @@ class Layout:
     share_prompt: bool
     packing: bool = True
     scored_length: int | None = None  # Room.scored of the longest row; None: every position is scored
+    encoder_length: int | None = None  # tokens of the prompt beside each row; None: there is none
 
     @property
     def rows(self) -> int:
@@ -424,7 +437,8 @@ class Layout:
 
     def _cost(self, num_micro: Sequence[int], key_cost: float = 0.0) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
-        return sum(n * (self.rows_per_device * length * (1 + key_cost * length / 2) + MICRO_BATCH_COST)
+        beside = self.encoder_length or 0
+        return sum(n * (self.rows_per_device * (length * (1 + key_cost * length / 2) + beside) + MICRO_BATCH_COST)
                    for n, length in zip(num_micro, self.row_lengths, strict=True))
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
@@ -432,7 +446,8 @@ class Layout:
         return [-(-len(rows) // self.rows) for rows in plan]
 
     def slots(self, num_micro: Sequence[int]) -> int:
-        return sum(n * self.rows * length for n, length in zip(num_micro, self.row_lengths, strict=True))
+        beside = self.encoder_length or 0
+        return sum(n * self.rows * (length + beside) for n, length in zip(num_micro, self.row_lengths, strict=True))
 
     def cost(self, steps: Iterable[np.ndarray], key_cost: float) -> float:
         """Returns what such steps cost each device, in positions: those it computes, the keys that each of them reads
@@ -471,12 +486,15 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. key_cost: what it
     costs a position to attend to one more key of its row, in positions; 0 for kernels that skip what nobody sees.
     """
+    if pairs.encodes:
+        config = dataclasses.replace(config, packing=False)  # an encoder reads one prompt to a row
     sizes = pairs.sizes(config.share_prompt)
     lengths, _, expanded, scored = sizes.T
     on_cpu = platform == "cpu"
     unit = CPU_ROW_UNIT if on_cpu else ROW_UNIT
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
     longest = int(lengths.max())
+    encoder_length = round_up(pairs.encoder_lengths().max()) if pairs.encodes else None
     if config.row_length == "auto" and rows_per_step is not None:
         # Which pairs a step takes follows from it: the same on every machine.
         tops = {max(FULL_ROW_LENGTH, -(-longest // ROW_UNIT) * ROW_UNIT)}
@@ -510,11 +528,11 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
             expanded_length = enough(expanded) if attention == "splash" else 2 * top
             scored_length = enough(scored) if nll_scope == "completion" else None
-            most = (CPU_MICRO_BATCH_TOKENS if on_cpu else MICRO_BATCH_TOKENS) // top
+            most = (CPU_MICRO_BATCH_TOKENS if on_cpu else MICRO_BATCH_TOKENS) // (top + (encoder_length or 0))
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
                 yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
-                             config.share_prompt, config.packing, scored_length)
+                             config.share_prompt, config.packing, scored_length, encoder_length)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:
@@ -606,15 +624,18 @@ class Batches:
             rows = packing.build_rows(
                 pairs, rows_of_pairs, num_rows=max_micro * layout.rows, row_length=row_length,
                 max_pairs=layout.room(row_length).pairs, share_prompt=layout.share_prompt,
-                nll_scope=self.orpo.nll_scope, nll_reduction=self.orpo.nll_reduction, tail=self.pairs.tail)
-            groups.append(Group(Rows(*(x.reshape(max_micro, layout.rows, *x.shape[1:]) for x in rows)),
-                                np.int32(num_micro)))
+                nll_scope=self.orpo.nll_scope, nll_reduction=self.orpo.nll_reduction, tail=self.pairs.tail,
+                encoder_length=layout.encoder_length)
+            split = lambda x, most=max_micro: x.reshape(most, layout.rows, *x.shape[1:])
+            groups.append(Group(jax.tree.map(split, rows), np.int32(num_micro)))
         count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.
         branches = packing.branch_lengths(pairs.values(), layout.share_prompt)
         counts = Counts(nll_weight=np.float32(count("nll_weights") or 1), pairs=np.float32(count("pair_weights") or 1),
                         inputs=np.float32(branches[:, 1:].sum()))
-        return StepBatch(tuple(groups), counts), BatchInfo(layout.slots(layout.num_micro(plan)), branches)
+        encoded = np.array([0 if pair.encoder_ids is None else len(pair.encoder_ids) for pair in pairs.values()])
+        return StepBatch(tuple(groups), counts), BatchInfo(layout.slots(layout.num_micro(plan)), branches,
+                                                            encoded)
 
 
 def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -3,7 +3,8 @@
 A table row says where a weight lives here, its name in HF's files and, as an einops pattern from HF's layout to ours,
 its axes. Import, export, shapes, initialisation, sharding and the weight-decay mask all follow from the rows.
 Axis letters: v vocabulary, d model, n query heads, k key/value heads, h head size, f mlp, l layers, p learned
-positions, x experts, e an expert's mlp; s the parts of a fused tensor, of which a weight is one.
+positions, x experts, e an expert's mlp; s the parts of a fused tensor, of which a weight is one. Of an encoder-decoder,
+l are the encoder's layers, m the decoder's, and b the buckets of distances.
 """
 
 import dataclasses
@@ -15,8 +16,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING
 
-from orpo_jax.model import ACTIVATIONS, Spec
+from orpo_jax.model import ACTIVATIONS, Decoder, Spec
 from orpo_jax.rope import Rope, make_rope
+from orpo_jax.t5 import EncoderDecoder, EncoderDecoderSpec
 
 Config = Mapping[str, Any]
 
@@ -31,11 +33,13 @@ class Weight:
     fused: str = ""
     before: str = ""
     whole: str = ""
+    # Other names under which a model's files may hold the same tensor once more.
+    copies: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> tuple[str, ...]:
         """The leading axes, along which HF's files have a tensor each."""
-        return tuple(axis for axis in ("l", "x") if f"{{{axis}}}" in self.hf)
+        return tuple(axis for axis in ("l", "m", "x") if f"{{{axis}}}" in self.hf)
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -240,7 +244,41 @@ def stablelm_table(config: Config) -> Table:
                    final=norm("final_norm", "norm", bias=True))
 
 
+def t5_table(config: Config) -> Table:
+    def stack(ours: str, theirs: str, letter: str, parts: Table) -> Table:
+        return (*(dataclasses.replace(row, path=f"{ours}_layers/{row.path}",
+                                      hf=f"{theirs}.block.{{{letter}}}.layer.{row.hf}") for row in parts),
+                Weight(f"{ours}_distance_bias",
+                       f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "b n -> b n"),
+                *norm(f"{ours}_norm", f"{theirs}.final_layer_norm"))
+
+    def attend(path: str, hf: str) -> Table:
+        return tuple(row for name, layout in (("q", Q), ("k", Q), ("v", Q), ("o", O))
+                     for row in linear(f"{path}/{name}", f"{hf}.{name}", layout))
+
+    def mlp(place: int) -> Table:
+        hf, gated = f"{place}.DenseReluDense", config["is_gated_act"]
+        return (*norm("mlp_norm", f"{place}.layer_norm"),
+                *(linear("mlp/gate", f"{hf}.wi_0", UP) if gated else ()),
+                *linear("mlp/up", f"{hf}.wi_1" if gated else f"{hf}.wi", UP), *linear("mlp/down", f"{hf}.wo", DOWN))
+
+    attn = (*norm("attn_norm", "0.layer_norm"), *attend("attn", "0.SelfAttention"))
+    cross = (*norm("cross_norm", "1.layer_norm"), *attend("cross", "1.EncDecAttention"))
+    # Of old: a config that ties scales the outputs. Newer transformers say so in every file, and tie what files lack.
+    tied = config["scale_decoder_outputs"]
+    copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", *(("lm_head.weight",) if tied else ()))
+    return (Weight("embed", "shared.weight", "v d -> v d", copies=copies),
+            *stack("encoder", "encoder", "l", (*attn, *mlp(1))),
+            *stack("decoder", "decoder", "m", (*attn, *cross, *mlp(2))),
+            *(() if tied else (Weight("unembed", "lm_head.weight", "v d -> v d"),)))
+
+
 # Specs
+
+
+def check_activation(name: str, field: str = "hidden_act") -> None:
+    if name not in ACTIVATIONS:
+        raise ValueError(f"config.json: {field} must be one of {', '.join(ACTIVATIONS)}, got {name!r}")
 
 
 def spec_of(config: Config, max_length: int, *, partial: bool = False, **changes: Any) -> Spec:
@@ -254,8 +292,7 @@ def spec_of(config: Config, max_length: int, *, partial: bool = False, **changes
     d_model, heads, num_layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     head_dim, kv_heads = config.get("head_dim") or d_model // heads, config.get("num_key_value_heads") or heads
     activation = field("hidden_activation", "hidden_act", "activation_function")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"config.json: hidden_act must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    check_activation(activation)
     if heads % kv_heads:
         raise ValueError(f"config.json: num_attention_heads ({heads}) must be a multiple of num_key_value_heads, "
                          f"got {kv_heads}")
@@ -348,11 +385,36 @@ def qwen_moe_spec(config: Config, max_length: int) -> Spec:
     return moe_spec(config, max_length, renormalise_experts=config["norm_topk_prob"])
 
 
+# Positions of a model that has no table of them: no sequence is too long.
+NO_LIMIT = 2**31 - 1
+
+
+def t5_spec(config: Config, max_length: int) -> Spec:
+    if not config["is_encoder_decoder"]:
+        raise ValueError("config.json: is_encoder_decoder must be true for t5, got False")
+    check_activation(config["dense_act_fn"], "the last part of feed_forward_proj")
+    num_buckets, max_distance = config["relative_attention_num_buckets"], config["relative_attention_max_distance"]
+    if num_buckets < 4 or num_buckets % 2:
+        raise ValueError("config.json: relative_attention_num_buckets must be even and at least 4, got "
+                         f"{num_buckets}")
+    if max_distance <= num_buckets // 2:
+        raise ValueError("config.json: relative_attention_max_distance must be above half of "
+                         f"relative_attention_num_buckets ({num_buckets}), got {max_distance}")
+    num_layers, heads = config["num_layers"], config["num_heads"]
+    return EncoderDecoderSpec(
+        vocab_size=config["vocab_size"], d_model=config["d_model"], num_layers=num_layers, num_heads=heads,
+        num_kv_heads=heads, head_dim=config["d_kv"], d_mlp=config["d_ff"], norm_eps=config["layer_norm_epsilon"],
+        activation=config["dense_act_fn"], max_positions=NO_LIMIT, windows=(None,) * num_layers,
+        ropes=(None,) * num_layers, num_decoder_layers=config["num_decoder_layers"], num_buckets=num_buckets,
+        max_distance=max_distance, logit_scale=config["d_model"]**-0.5 if config["scale_decoder_outputs"] else 1.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     spec: Callable[..., Spec]  # of the config and the longest sequence
     table: TableOf
     fields: frozenset[str]  # of config.json that the two use, beside COMMON_FIELDS
+    module: Callable[..., Any] = Decoder  # of (param, spec); see model.py
 
 
 def family(table: TableOf, fields: str = "", spec: Callable[..., Spec] = spec_of,
@@ -370,6 +432,10 @@ COMMON_FIELDS = frozenset({
 })
 WINDOW_FIELDS = "use_sliding_window sliding_window max_window_layers layer_types"
 MOE_FIELDS = "head_dim num_experts_per_tok output_router_logits router_aux_loss_coef"
+# T5's published files have n_positions, which no number of theirs depends on.
+T5_FIELDS = ("d_model d_kv d_ff num_layers num_decoder_layers num_heads relative_attention_num_buckets "
+             "relative_attention_max_distance feed_forward_proj dense_act_fn is_gated_act scale_decoder_outputs "
+             "decoder_start_token_id n_positions")
 GEMMA2_FIELDS = "query_pre_attn_scalar sliding_window layer_types final_logit_softcapping"
 
 FAMILIES = {
@@ -414,6 +480,7 @@ FAMILIES = {
                   rope_interleaved=True),
     "glm4": family(llama_like(qkv_bias="attention_bias", mlp=FUSED_GATED_MLP, block=GLM4), "attention_bias",
                    partial=True, rope_interleaved=True),
+    "t5": Family(t5_spec, t5_table, frozenset(T5_FIELDS.split()), EncoderDecoder),
 }
 
 # Fields that change no number of training: names, token ids, and settings of generation, of initialisation, of dropout
@@ -421,11 +488,12 @@ FAMILIES = {
 INERT_FIELDS = frozenset({
     "_attn_implementation", "_commit_hash", "_name_or_path", "_sliding_window_pattern", "architectures",
     "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id", "chunk_size_feed_forward", "classifier_dropout",
-    "dropout", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "hidden_dropout", "id2label", "init_std",
-    "initializer_range", "is_encoder_decoder", "is_llama_config", "label2id", "max_length", "model_type",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop",
-    "residual_dropout", "return_dict", "rope_interleaved", "summary_activation", "summary_first_dropout",
-    "summary_proj_to_labels", "summary_type", "summary_use_proj", "torch_dtype", "transformers.js_config",
+    "dropout", "dropout_rate", "dtype", "embd_pdrop", "embedding_dropout", "eos_token_id", "gradient_checkpointing",
+    "hidden_dropout", "id2label", "init_std", "initializer_factor", "initializer_range", "is_encoder_decoder",
+    "is_llama_config", "label2id", "max_length", "model_type", "output_attentions", "output_hidden_states",
+    "output_past", "pad_token_id", "pretraining_tp", "problem_type", "resid_pdrop", "residual_dropout", "return_dict",
+    "rope_interleaved", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "tokenizer_class", "torch_dtype", "transformers.js_config",
     "transformers_version", "unk_token_id", "use_cache", "use_return_dict",
 })
 
@@ -439,6 +507,12 @@ class Architecture:
     config: Mapping[str, Any]
     # Embedding rows that the model's files lack, for tokens added to its tokenizer.
     added_rows: int = 0
+    module: Callable[..., Any] = Decoder
+
+    @property
+    def encodes(self) -> bool:
+        """Whether prompts go through an encoder of their own."""
+        return self.module is EncoderDecoder
 
     def decay_mask(self) -> dict[str, Any]:
         """Returns which weights decay, in the shape of the parameters."""
@@ -463,7 +537,7 @@ def architecture(config: Mapping[str, Any], max_length: int, min_rows: int = 0) 
     # Some families have names of their own for what others call hidden_size, and so on.
     full |= {name: full[own] for name, own in CONFIG_MAPPING[model_type].attribute_map.items() if own in full}
     return Architecture(family.spec(full, max_length), family.table(full), {**config, "vocab_size": full["vocab_size"]},
-                        added_rows)
+                        added_rows, family.module)
 
 
 def complete(config: Mapping[str, Any]) -> dict[str, Any]:

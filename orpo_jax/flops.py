@@ -9,6 +9,7 @@ import numpy as np
 from orpo_jax import packing
 from orpo_jax.families import Architecture
 from orpo_jax.model import Spec
+from orpo_jax.t5 import EncoderDecoderSpec
 
 # Dense bfloat16 FLOP/s of one chip (not of one core), by a part of its name: the first that fits. Sources: Google
 # Cloud's pages of TPU v4, v5e, v5p and v6e; NVIDIA's data sheets.
@@ -23,12 +24,23 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def matmul_weights(arch: Architecture) -> int:
-    """Returns how many weights each token is multiplied with: the layers' matrices, and the head's even if tied."""
-    spec = arch.spec
-    matrices = [weight for weight in arch.table if weight.decays and weight.path.startswith("layers/")]
-    sizes = spec.sizes
-    used = lambda weight: sizes | {"x": spec.experts_per_token} if "x" in weight.stacked else sizes
-    return sum(math.prod(weight.shape(used(weight))) for weight in matrices) + spec.vocab_size * spec.d_model
+    """Returns how many weights each token is multiplied with: the layers' matrices, and the head's even if tied.
+
+    Of an encoder-decoder: all that a token of the decoder may be.
+    """
+    return layer_weights(arch, "decoder_layers/" if arch.encodes else "layers/") + head_weights(arch)
+
+
+def head_weights(arch: Architecture) -> int:
+    return arch.spec.vocab_size * arch.spec.d_model
+
+
+def layer_weights(arch: Architecture, *paths: str) -> int:
+    """Returns how many weights the matrices of layers have whose paths start so, of experts those that a token uses."""
+    sizes = arch.spec.sizes
+    used = lambda weight: sizes | {"x": arch.spec.experts_per_token} if "x" in weight.stacked else sizes
+    return sum(math.prod(weight.shape(used(weight))) for weight in arch.table
+               if weight.decays and weight.path.startswith(paths))
 
 
 def key_cost(arch: Architecture, attention: str) -> float:
@@ -54,12 +66,16 @@ def visible_keys(branches: np.ndarray, window: int | None) -> int:
     return int(chosen + rejected - trunk)
 
 
-def step_flops(arch: Architecture, branches: np.ndarray) -> float:
-    """Returns the FLOPs of a forward and a backward pass over pairs that share their trunk.
+def step_flops(arch: Architecture, branches: np.ndarray, encoded: np.ndarray | None = None) -> float:
+    """Returns the FLOPs of a forward and a backward pass over pairs that share their trunk, or their encoded prompt.
 
+    branches: as packing.branch_lengths has them. encoded: the tokens of each pair's prompt that an encoder reads.
     A multiply and an add per weight and token, and of scores and values per head, query and key; twice that again for
     the gradients.
     """
+    if isinstance(arch.spec, EncoderDecoderSpec):
+        assert encoded is not None
+        return _encoder_decoder_flops(arch, arch.spec, branches, encoded)
     return flops_of(arch.spec, matmul_weights(arch), packing.count_positions(branches), (
         visible_keys(branches, window) for window in arch.spec.windows))
 
@@ -67,3 +83,14 @@ def step_flops(arch: Architecture, branches: np.ndarray) -> float:
 def flops_of(spec: Spec, weights: int, tokens: int, attended_L: Iterable[int]) -> float:
     """Returns the same from the number of tokens, and of attended (query, key) pairs of each layer."""
     return 6.0 * weights * tokens + 12.0 * spec.num_heads * spec.head_dim * sum(attended_L)
+
+
+def _encoder_decoder_flops(arch: Architecture, spec: EncoderDecoderSpec, branches: np.ndarray, encoded: np.ndarray
+                           ) -> float:
+    crossed = layer_weights(arch, "decoder_layers/cross/k", "decoder_layers/cross/v")  # with the encoder's output
+    decoded = branches[:, 1:].sum(axis=1)
+    to_prompt, to_itself = int((decoded * encoded).sum()), visible_keys(branches, None)
+    return (flops_of(spec, layer_weights(arch, "encoder_layers/") + crossed, int(encoded.sum()),
+                     [int((encoded**2).sum())] * spec.num_layers)
+            + flops_of(spec, matmul_weights(arch) - crossed, int(decoded.sum()),
+                       [to_prompt + to_itself] * spec.num_decoder_layers))

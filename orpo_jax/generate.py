@@ -1,6 +1,7 @@
 """Sampling with a key/value cache: left-padded prompts -> continuations. Knows nothing of tokenisation.
 
-Shapes: B rows, T prompt tokens, S cache slots, K key/value heads, H head size, L layers.
+Shapes: B rows, T prompt tokens, S cache slots, K key/value heads, H head size, L layers; of encoder-decoders, E prompt
+tokens, N start and new tokens.
 """
 
 import functools
@@ -19,17 +20,29 @@ Array = jax.Array
 
 
 def generate(graph: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]], *, stop_ids: Sequence[int],
-             max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[list[int]]:
-    """Returns the new ids of each prompt, up to and without the first stop id. temperature 0 is greedy."""
+             max_new_tokens: int, temperature: float = 0.0, seed: int = 0,
+             decoder_start: int | None = None) -> list[list[int]]:
+    """Returns the new ids of each prompt, up to and without the first stop id. temperature 0 is greedy.
+
+    decoder_start: what the new ids of an encoder-decoder follow; None: a decoder's follow the prompt.
+    """
     longest = -(-max(map(len, prompts)) // 32) * 32  # few lengths, few compilations
     ids_BT = np.zeros((len(prompts), longest), np.int32)
     for row, prompt in zip(ids_BT, prompts, strict=True):
-        row[longest - len(prompt):] = prompt
-    padding_B = np.array([longest - len(prompt) for prompt in prompts], np.int32)
-    new = _generate(graph, params, ids_BT, padding_B, jnp.asarray(list(stop_ids), jnp.int32), temperature,
-                    jax.random.key(seed), max_new_tokens)
+        row[slice(len(prompt)) if decoder_start is not None else slice(longest - len(prompt), None)] = prompt
+    lengths_B = np.array(list(map(len, prompts)), np.int32)
+    rest = (jnp.asarray(list(stop_ids), jnp.int32), temperature, jax.random.key(seed), max_new_tokens)
+    if decoder_start is None:
+        new = _generate(graph, params, ids_BT, longest - lengths_B, *rest)
+    else:
+        new = _decode(graph, params, ids_BT, lengths_B, decoder_start, *rest)
     stops = set(stop_ids)
     return [row[:next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new.tolist()]
+
+
+def _sample(key: Array, temperature: Array, logits_BV: Array, step: Array | int) -> Array:
+    drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / jnp.maximum(temperature, 1e-6))
+    return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
@@ -47,9 +60,7 @@ def _generate(graph: nnx.GraphDef, params: Any, ids_BT: Array, padding_B: Array,
         hidden_BTD, cache, _ = module(ids_BT, positions_BT, attend, cache)
         return head.logits(hidden_BTD[:, -1:], *module.unembedding(), softcap=spec.logit_softcap)[:, 0], cache
 
-    def sample(logits_BV: Array, step: Array | int) -> Array:
-        drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BV / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+    sample = functools.partial(_sample, key, temperature)
 
     def go_on(carry: Any) -> Array:
         step, _, _, done_B, _ = carry
@@ -66,3 +77,26 @@ def _generate(graph: nnx.GraphDef, params: Any, ids_BT: Array, padding_B: Array,
     out_BN = jnp.full((B, max_new_tokens), stop_ids[0], jnp.int32)
     carry = (0, sample(logits_BV, 0), out_BN, jnp.zeros(B, bool), cache)
     return jax.lax.while_loop(go_on, one, carry)[2]
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
+def _decode(graph: nnx.GraphDef, params: Any, encoder_ids_BE: Array, lengths_B: Array, start: Array, stop_ids: Array,
+            temperature: Array, key: Array, max_new_tokens: int) -> Array:
+    """Returns what an encoder-decoder says of the encoded prompts; each token reads all those before it afresh."""
+    module = nnx.merge(graph, params)
+    source_BED = module.encode(encoder_ids_BE, lengths_B)
+    ids_BN = jnp.full((encoder_ids_BE.shape[0], max_new_tokens + 1), stop_ids[0], jnp.int32).at[:, 0].set(start)
+    positions_BN = jnp.broadcast_to(jnp.arange(ids_BN.shape[1]), ids_BN.shape)
+
+    def go_on(carry: Any) -> Array:
+        step, _, done_B = carry
+        return (step < max_new_tokens) & ~jnp.all(done_B)
+
+    def one(carry: Any) -> Any:
+        step, ids_BN, done_B = carry
+        hidden_BND = module.decode(source_BED, lengths_B, ids_BN, positions_BN, jnp.full_like(ids_BN, ids_BN.shape[1]))
+        logits_BV = head.logits(hidden_BND[:, step], *module.unembedding())
+        token_B = jnp.where(done_B, stop_ids[0], _sample(key, temperature, logits_BV, step))
+        return step + 1, ids_BN.at[:, step + 1].set(token_B), done_B | jnp.isin(token_B, stop_ids)
+
+    return jax.lax.while_loop(go_on, one, (0, ids_BN, jnp.zeros(len(ids_BN), bool)))[1][:, 1:]

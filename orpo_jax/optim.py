@@ -4,8 +4,9 @@ Schedules are those of Hugging Face transformers, optimisers those that its Trai
 This module does not know which weights decay (the caller's mask says so, from the weight table) nor how
 anything is sharded.
 
-Parameters are a nested dict: "layers" holds arrays stacked over the layers, [L, ...], every other key a
-tensor or a dict of them. Shape letters: L layers, D model, N query heads, H head size.
+Parameters are a nested dict: "layers" (of an encoder-decoder, "encoder_layers" and "decoder_layers") holds
+arrays stacked over the layers, [L, ...], every other key a tensor or a dict of them. Shape letters: L
+layers, D model, N query heads, H head size.
 """
 
 import math
@@ -73,16 +74,22 @@ def learning_rate_schedule(config: OptimConfig, total_steps: int) -> optax.Sched
 
 
 def per_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `transform` with params["layers"] taken as L separate trees, and the rest as it is.
+    """Returns `transform` with each stack of layers taken as L separate trees, and the rest as it is.
 
     For statistics of a whole tensor, which would mix the layers of a stacked one. Arrays of the state keep
-    the paths of their parameters; those of "layers", the counter too, have a leading axis [L].
+    the paths of their parameters; those of a stack, the counter too, have a leading axis [L].
     """
     stacked = optax.GradientTransformation(jax.vmap(transform.init), jax.vmap(transform.update))
-    return optax.partition(
-        {"stacked": stacked, "single": transform},
-        lambda params: {key: "stacked" if key == "layers" else "single" for key in params},
-    )
+
+    def parts(params: Any) -> Any:
+        """Each stack is a part of its own: an encoder and a decoder may differ in L."""
+        labels = {key: key.removesuffix("layers") + "stacked" if key.endswith("layers") else "single" for key in params}
+        transforms: dict[Any, Any] = {label: transform if label == "single" else stacked for label in labels.values()}
+        return optax.partition(transforms, labels)
+
+    return optax.GradientTransformation(
+        lambda params: parts(params).init(params),
+        lambda updates, state, params=None: parts(updates).update(updates, state, params))
 
 
 def keep_state_dtypes(transform: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -8,7 +8,9 @@ Each branch starts with the last token that the two sequences share, so every po
 Positions restart at 0 with each pair, and both branches' go on from the trunk's. One integer per position carries the
 attention mask: key k is visible to query q when `k <= q < q_end[k]`. It shares the trunk, hides the branches from
 each other and separates the pairs. Without prompt sharing the trunk is empty and a branch holds its whole sequence.
-Shapes: B rows, T tokens of a row, S pair slots of a row.
+For an encoder-decoder a row holds one pair: the sequences are a start token and the response, the start token being all
+of the prompt, and the prompt itself lies beside the row, to be encoded once for both responses.
+Shapes: B rows, T tokens of a row, S pair slots of a row, E tokens of the encoder.
 """
 
 import bisect
@@ -26,6 +28,7 @@ class Pair(NamedTuple):
     chosen_prompt: int
     rejected_prompt: int
     shared: int
+    encoder_ids: np.ndarray | None = None  # the prompt, where an encoder reads it
 
 
 class Rows(NamedTuple):
@@ -39,6 +42,9 @@ class Rows(NamedTuple):
     q_end: Any  # [B, T] int32, the first query index that the position, as a key, is hidden from
     pair_weights: Any  # [B, S] float32
     bounds: Any  # [B, S, 4] int32, where a slot's trunk, chosen and rejected branch start, and its end; 0 if empty
+    # Of an encoder-decoder's rows only.
+    encoder_ids: Any = None  # [B, E] int32
+    encoder_lengths: Any = None  # [B] int32, from where on they are padding
 
 
 def trunk_length(shared: Any, share_prompt: bool) -> Any:
@@ -86,26 +92,35 @@ def pack(sizes_PC: np.ndarray, rooms_RC: np.ndarray) -> list[list[int]] | None:
     return rows
 
 
-def empty_rows(num_rows: int, row_length: int, max_pairs: int) -> Rows:
+def empty_rows(num_rows: int, row_length: int, max_pairs: int, encoder_length: int | None = None) -> Rows:
     """Returns rows of padding: weight 0 everywhere, and each position visible to itself only."""
     zeros = np.zeros((num_rows, row_length), np.int32)
     self_only = np.broadcast_to(np.arange(1, row_length + 1, dtype=np.int32), zeros.shape).copy()
-    return Rows(zeros, zeros.copy(), zeros.copy(), zeros.astype(np.float32), zeros.copy(), self_only,
+    rows = Rows(zeros, zeros.copy(), zeros.copy(), zeros.astype(np.float32), zeros.copy(), self_only,
                 np.zeros((num_rows, max_pairs), np.float32), np.zeros((num_rows, max_pairs, 4), np.int32))
+    if encoder_length is None:
+        return rows
+    return rows._replace(encoder_ids=np.zeros((num_rows, encoder_length), np.int32),
+                         encoder_lengths=np.zeros(num_rows, np.int32))
 
 
 def build_rows(pairs: Sequence[Pair] | Mapping[int, Pair], plan: Iterable[Iterable[int]], *, num_rows: int,
                row_length: int, max_pairs: int, share_prompt: bool, nll_scope: str, nll_reduction: str,
-               tail: int = 0) -> Rows:
+               tail: int = 0, encoder_length: int | None = None) -> Rows:
     """Returns the planned rows, followed by rows of padding up to `num_rows`.
 
-    tail: how many ids at the end of each sequence are no target of the loss.
+    tail: how many ids at the end of each sequence are no target of the loss. encoder_length: the room for a prompt
+    beside each row; None: prompts lie in the rows.
     """
-    rows = empty_rows(num_rows, row_length, max_pairs)
+    rows = empty_rows(num_rows, row_length, max_pairs, encoder_length)
     for row, members in enumerate(plan):
         start = 0
         for slot, member in enumerate(members):
             start = _place(rows, row, slot, start, pairs[member], share_prompt, nll_scope, nll_reduction, tail)
+            prompt = pairs[member].encoder_ids
+            if prompt is not None:
+                assert slot == 0, "an encoder reads one prompt to a row"
+                rows.encoder_ids[row, :len(prompt)], rows.encoder_lengths[row] = prompt, len(prompt)
     return rows
 
 

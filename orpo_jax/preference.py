@@ -155,6 +155,8 @@ class Encoder:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     config: DataConfig
+    # What an encoder-decoder's responses follow; None: a decoder's follow the prompt.
+    decoder_start: int | None = None
 
     @property
     def template(self) -> Callable[..., str] | None:
@@ -162,6 +164,8 @@ class Encoder:
 
     def __call__(self, batch: Sequence[Texts]) -> tuple[list[Pair], np.ndarray]:
         """Returns the pairs, cut to `max_length`, and how many ids each lost."""
+        if self.decoder_start is not None:
+            return self._apart(batch, self.decoder_start)
         encoded = self.tokenizer([text for texts in batch for text in (texts.chosen, texts.rejected)],
                                  add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         pairs, lost = [], []
@@ -173,6 +177,24 @@ class Encoder:
             cut = truncate(pair, self.config, self.tokenizer.bos_token_id)
             pairs.append(cut)
             lost.append(sum(map(len, pair[:2])) - sum(map(len, cut[:2])))
+        return pairs, np.array(lost)
+
+    def _apart(self, batch: Sequence[Texts], decoder_start: int) -> tuple[list[Pair], np.ndarray]:
+        """Returns the same for an encoder-decoder, whose prompts and responses are tokenised by themselves, as in TRL.
+
+        Each ends in EOS once, and goes on doing so where it is cut.
+        """
+        config, pairs, lost = self.config, [], []
+        longest = config.max_completion_length or min(MAX_COMPLETION_LENGTH, config.max_length)
+        for prompt, *responses in zip(
+                encode_closed(self.tokenizer, [t.chosen[:t.boundary] for t in batch]),
+                encode_closed(self.tokenizer, [t.chosen[t.boundary:] for t in batch]),
+                encode_closed(self.tokenizer, [t.rejected[t.boundary:] for t in batch]), strict=True):
+            source = _cut_closed(prompt, config.max_prompt_length or config.max_length, config.truncation_mode)
+            chosen, rejected = (_cut_closed(ids, longest, "keep_start") for ids in responses)
+            lost.append(sum(map(len, (prompt, *responses))) - sum(map(len, (source, chosen, rejected))))
+            after_start = lambda ids: np.array([decoder_start, *ids], np.int32)
+            pairs.append(Pair(after_start(chosen), after_start(rejected), 1, 1, 1, np.array(source, np.int32)))
         return pairs, np.array(lost)
 
     def _side(self, ids: list[int], offsets: Sequence[tuple[int, int]], texts: Texts) -> tuple[list[int], int]:
@@ -195,6 +217,27 @@ class Encoder:
                 last -= 1
         ends = last >= prompt and ids[last] in (self.stop_ids if templated else self.stop_ids[:1])
         return ids if ends else [*ids, self.stop_ids[0]]
+
+
+# TRL's default for encoder-decoders.
+MAX_COMPLETION_LENGTH = 128
+
+
+def encode_closed(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the ids of each text with the special tokens that the tokenizer gives it, and EOS once at the end."""
+    eos, result = tokenizer.eos_token_id, []
+    for ids in tokenizer(list(texts), add_special_tokens=True, verbose=False)["input_ids"]:
+        while ids and ids[-1] == eos:
+            ids = ids[:-1]
+        result.append([*ids, eos])
+    return result
+
+
+def _cut_closed(ids: list[int], length: int, truncation_mode: str) -> list[int]:
+    """Returns at most `length` ids, of which the last one, EOS, stays the last."""
+    if len(ids) <= length:
+        return ids
+    return ids[len(ids) - length:] if truncation_mode == "keep_end" else [*ids[:length - 1], ids[-1]]
 
 
 def truncate(pair: Pair, config: DataConfig, bos: int | None) -> Pair:

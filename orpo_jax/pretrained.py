@@ -9,7 +9,8 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer
 
-from orpo_jax.families import complete, read_config
+from orpo_jax.families import FAMILIES, complete, read_config
+from orpo_jax.t5 import EncoderDecoder
 
 # What to fetch of a hub repository: no pickles, no code.
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -28,6 +29,18 @@ class Pretrained:
         eos = self.generation_config.get("eos_token_id")
         more = eos if isinstance(eos, list) else [eos]
         return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *(i for i in more if i is not None)]))
+
+    @property
+    def decoder_start(self) -> int | None:
+        """The id that an encoder-decoder's responses follow; None for a decoder."""
+        if FAMILIES[self.config["model_type"]].module is not EncoderDecoder:
+            return None
+        starts = [some.get("decoder_start_token_id") for some in (self.config, self.generation_config)]
+        start = next((start for start in starts if start is not None), None)
+        if start is None:
+            raise ValueError("config.json: an encoder-decoder needs decoder_start_token_id, got None; T5's is its "
+                             "pad_token_id")
+        return start
 
     @property
     def rows_needed(self) -> int:

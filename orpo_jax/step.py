@@ -13,7 +13,7 @@ from flax import nnx
 from orpo_jax import experts, head, kernels
 from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
-from orpo_jax.model import Decoder, Spec
+from orpo_jax.model import Spec
 from orpo_jax.packing import Rows
 from orpo_jax.weights import Params, make_graph
 
@@ -78,7 +78,7 @@ def initial_state(params: Params, optimizer: optax.GradientTransformation, shard
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """The decoder as a function of its parameters and some rows."""
+    """The model as a function of its parameters and some rows."""
 
     graph: nnx.GraphDef
     dtype: jnp.dtype
@@ -115,9 +115,13 @@ class Model:
                      "steps": jnp.sum(branches_of(rows)) / counts.inputs}
         return part, sums
 
-    def hidden(self, params: Params, rows: Rows) -> tuple[Array, Decoder, experts.Routed | None]:
-        """Returns the last hidden states, the decoder as it was run, and its routers' statistics."""
+    def hidden(self, params: Params, rows: Rows) -> tuple[Array, Any, experts.Routed | None]:
+        """Returns the last hidden states, the module as it was run, and its routers' statistics."""
         module = nnx.merge(self.graph, cast(params, self.dtype))
+        if rows.encoder_ids is not None:
+            with head.precision(self.dtype):
+                return module(rows.encoder_ids, rows.encoder_lengths, rows.ids, rows.positions, rows.q_end,
+                              remat=self.remat, unroll=self.unroll), module, None
         room = self.layout.room(rows.ids.shape[1])
         token_weights_BT = branches_of(rows) if self.balances else None
         attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,
@@ -129,11 +133,14 @@ class Model:
 
 
 def cast(params: Params, dtype: jnp.dtype) -> Params:
-    """Returns the parameters in the type of activations; embeddings, head and routers are cast where they are used."""
+    """Returns the parameters in the type of activations.
+
+    Embeddings, head, routers and biases of distances are cast where they are used.
+    """
     def leaf(key_path: tuple, x: Array) -> Array:
         return x if key_path and key_path[-1].key == "router" else x.astype(dtype)
 
-    return {name: jax.tree_util.tree_map_with_path(leaf, part) if name in ("layers", "final_norm") else part
+    return {name: jax.tree_util.tree_map_with_path(leaf, part) if name.endswith(("layers", "norm")) else part
             for name, part in params.items()}
 
 

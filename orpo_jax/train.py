@@ -149,7 +149,9 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
 
     platform = mesh.devices.flat[0].platform
     dtype = step_lib.compute_dtype(config.model.dtype, platform)
-    attention = step_lib.choose_attention(
+    if arch.encodes:
+        check_encodes(config)
+    attention = "xla" if arch.encodes else step_lib.choose_attention(
         config.model.attention, platform, arch.spec, dtype,
         data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length)
 
@@ -183,6 +185,17 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
                lambda model: step_lib.make_train_step(model, optimizer, schedule, shardings),
                {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
+
+
+def check_encodes(config: Config) -> None:
+    """Raises a ValueError for what an encoder-decoder has none of, and says what it does without."""
+    config_lib.check(config.model.attention in ("auto", "xla"), "model.attention",
+                     "must be 'auto' or 'xla' for an encoder-decoder", config.model.attention)
+    config_lib.check(config.train.rows_per_step is None, "train.rows_per_step",
+                     "must be None for an encoder-decoder", config.train.rows_per_step,
+                     "its rows hold a pair each: set train.batch_size")
+    if config.data.packing:
+        log.info("data.packing is off for an encoder-decoder: a row holds one pair, and its prompt is encoded once")
 
 
 def load_eval_pairs(config: Config, rows: Rows | None, pretrained: Pretrained) -> dict[str | None, data.Pairs]:
@@ -293,7 +306,7 @@ def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:
     peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind)
     if peak is None or job.model.dtype != jnp.bfloat16:
         return None
-    return lambda info: flops.step_flops(job.arch, info.branches) / (peak * job.mesh.size)
+    return lambda info: flops.step_flops(job.arch, info.branches, info.encoded) / (peak * job.mesh.size)
 
 
 def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bool:
@@ -322,9 +335,11 @@ def show_samples(job: Job, params: weights.Params, pairs: data.Pairs) -> None:
     some = [pairs[i] for i in range(min(settings.num_samples, len(pairs)))]
     if not some:
         return
-    prompts = [pair.chosen_ids[:pair.chosen_prompt].tolist() or [job.pretrained.stop_ids[0]] for pair in some]
+    prompts = [(pair.chosen_ids[:pair.chosen_prompt] if pair.encoder_ids is None else pair.encoder_ids).tolist()
+               or [job.pretrained.stop_ids[0]] for pair in some]
     replies = generate(job.model.graph, params, prompts, stop_ids=job.pretrained.stop_ids,
-                       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=job.config.seed)
+                       max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, seed=job.config.seed,
+                       decoder_start=job.pretrained.decoder_start)
     for prompt, reply in zip(prompts, replies, strict=True):
         log.info("sample\n  prompt: %s\n  reply:  %s", tokenizer.decode(prompt).strip(),
                  tokenizer.decode(reply, skip_special_tokens=True).strip())

@@ -28,14 +28,15 @@ from safetensors.numpy import save_file
 
 from orpo_jax.families import Architecture, Weight, flatten, nest
 from orpo_jax.metrics import Progress
-from orpo_jax.model import NORMS, Decoder
+from orpo_jax.model import NORMS
 from orpo_jax.sharding import weight_sharding
 
 Params = dict[str, Any]
 
 INDEX = "model.safetensors.index.json"
-# Buffers that old files carry and that transformers computes afresh.
-NOT_WEIGHTS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$")
+# Buffers that old files carry and that transformers computes afresh, and a table that no layer reads.
+NOT_WEIGHTS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias|"
+                         r"EncDecAttention\.relative_attention_bias\.weight)$")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
@@ -50,14 +51,14 @@ def abstract_params(arch: Architecture, dtype: Any = jnp.float32, mesh: jax.shar
 
 
 def make_graph(arch: Architecture) -> nnx.GraphDef:
-    """Returns the decoder without its weights: `nnx.merge(graph, params)` is the module."""
+    """Returns the module without its weights: `nnx.merge(graph, params)` is the module."""
     shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in
               flatten(abstract_params(arch)).items()}
 
     def param(path: str) -> nnx.Param | None:
         return nnx.Param(jnp.zeros(shapes[path].shape)) if path in shapes else None
 
-    return nnx.split(nnx.eval_shape(lambda: Decoder(param, arch.spec)))[0]
+    return nnx.split(nnx.eval_shape(lambda: arch.module(param, arch.spec)))[0]
 
 
 def random_params(arch: Architecture, seed: int, scale: float = 0.02) -> Params:
@@ -157,10 +158,15 @@ def check_tensors(tensors: Tensors, arch: Architecture, folder: pathlib.Path) ->
     """Raises a ValueError that lists every tensor which is missing, unexpected or of a wrong shape."""
     sizes = arch.spec.sizes | {"v": arch.spec.vocab_size - arch.added_rows}
     wanted = {name: weight for weight in arch.table for name in hf_names(weight, sizes)}
-    tied_head = set() if any(weight.path == "unembed" for weight in arch.table) else {"lm_head.weight"}
+    untied = any(weight.path == "unembed" or weight.copies for weight in arch.table)
+    tied_head = set() if untied else {"lm_head.weight"}
     found = {name for name in tensors.names() if not NOT_WEIGHTS.search(name)} - tied_head
+    copies = {name: weight.hf for weight in arch.table for name in weight.copies if name in tensors.names()}
+    found -= set(copies)
     problems = [f"missing: {name}" for name in sorted(set(wanted) - found)]
     problems += [f"unexpected: {name}" for name in sorted(found - set(wanted))]
+    problems += [f"{name}: must be {original} once more, and differs" for name, original in sorted(copies.items())
+                 if original in found and not np.array_equal(tensors.slice(name)[:], tensors.slice(original)[:])]
     for name in sorted(found & set(wanted)):
         part, expected = tensors.slice(name), _hf_shape(wanted[name], sizes)
         if list(part.get_shape()) != expected:

@@ -404,6 +404,7 @@ class Lengths:
     """Stands for Pairs where nothing but lengths is read."""
 
     tail = 0
+    encodes = False
 
     def __init__(self, parts):
         self.prompt, self.chosen, self.rejected = parts.T

@@ -112,7 +112,8 @@ def test_a_loop_that_is_not_entered_computes_nothing(trial):
     """A pass over rows of a length that the step does not need must not be moved out of their loop."""
     layout = data.Layout(row_lengths=(64, 128), rows_per_device=1, num_shards=1, max_pairs=2, branch_length=64,
                          expanded_length=256, max_rows=2, share_prompt=True)
-    groups = [data.Group(packing.Rows(*(np.stack([x] * most) for x in packing.empty_rows(1, length, 2))), np.int32(1))
+    times = lambda rows, most: jax.tree.map(lambda x: np.stack([x] * most), rows)
+    groups = [data.Group(times(packing.empty_rows(1, length, 2), most), np.int32(1))
               for length, most in zip(layout.row_lengths, layout.max_micro, strict=True)]
     batch = data.StepBatch(tuple(groups), head.Counts(np.float32(1), np.float32(1)))
     model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1)

@@ -5,8 +5,10 @@ import pathlib
 import random
 from typing import Any
 
+import jax
+import numpy as np
 from safetensors.numpy import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerFast
 
 from orpo_jax import weights
@@ -32,8 +34,8 @@ LLAMA = {
 
 
 def make_tokenizer(*, bos: str | None = "<bos>", eos: str | None = "<eos>", pad: str | None = "<pad>",
-                   template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 400 tokens whose merges stay within words."""
+                   template: str | None = TEMPLATE, closes: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of about 400 tokens whose merges stay within words; closes: it adds EOS, as T5's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r" ?[a-zA-Z]+| ?[^\sa-zA-Z]|\s+"), "isolated"),
@@ -43,6 +45,8 @@ def make_tokenizer(*, bos: str | None = "<bos>", eos: str | None = "<eos>", pad:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator([" ".join(WORDS)] * 3, trainer)
+    if closes:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad)
     fast.chat_template = template
     return fast
@@ -65,6 +69,31 @@ def family_config(model_type: str, **changes: Any) -> dict[str, Any]:
                  num_key_value_heads=2, max_position_embeddings=256, bos_token_id=0, eos_token_id=1, pad_token_id=2)
     known = CONFIG_MAPPING[model_type]().to_dict()
     return {"model_type": model_type, **{name: size for name, size in sizes.items() if name in known}, **changes}
+
+
+T5 = {
+    "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": 408, "d_model": 32, "d_kv": 6,
+    "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "feed_forward_proj": "relu",
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "decoder_start_token_id": 2,
+    "pad_token_id": 2, "eos_token_id": 1,
+}
+# As in v1.1 and Flan-T5.
+T5_GATED = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+
+
+def write_t5(folder: pathlib.Path, *, seed: int = 0, scale: float = 0.2, tokenizer: Any = None,
+             **changes: Any) -> pathlib.Path:
+    """Writes a random encoder-decoder, with norms and biases of distances away from their initial values."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (tokenizer or make_tokenizer(bos=None, closes=True)).save_pretrained(folder)
+    config = {**T5, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    arch, rng = architecture(config, 1), np.random.default_rng(seed)
+    noisy = lambda path, x: x + scale * rng.normal(size=x.shape) if path[-1].key != "weight" else x
+    params = jax.tree_util.tree_map_with_path(noisy, weights.random_params(arch, seed, scale))
+    names = {name: "float32" for weight in arch.table for name in weights.hf_names(weight, arch.spec.sizes)}
+    weights.save_params(params, arch, folder, names)
+    return folder
 
 
 # A mixture of experts whose router prefers some: with weights as small as the others', all would be used alike.

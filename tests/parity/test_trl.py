@@ -19,7 +19,7 @@ METRICS = ("loss", "grad_norm", "nll_loss", "log_odds_ratio", "log_odds_chosen",
            "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-def run_trl(folder, rows, output):
+def run_trl(folder, rows, output, auto="AutoModelForCausalLM", **changes):
     """Returns TRL's log lines and the trained weights."""
     import datasets
     import transformers
@@ -32,8 +32,8 @@ def run_trl(folder, rows, output):
     args = ORPOConfig(
         output_dir=str(output), per_device_train_batch_size=PAIRS, max_steps=STEPS, learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant", beta=BETA, max_grad_norm=1.0, max_length=128, logging_steps=1, save_strategy="no",
-        report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True, **changes)
+    model = getattr(transformers, auto).from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     trainer = InFileOrder(model=model, args=args, train_dataset=datasets.Dataset.from_list(rows),
                           processing_class=tokenizer)
@@ -80,7 +80,11 @@ def test_twelve_steps(tmp_path, one_device, kind, model):
     folder = tiny.write_model(tmp_path / "model", scale=0.1, **model)
     rows = tiny.make_rows(STEPS * PAIRS, kind)
     expected, reference = run_trl(folder, rows, tmp_path / "trl")
-    got, weights = run_ours(folder, rows, tmp_path / "ours")
+    assert_same_run(folder, (expected, reference), run_ours(folder, rows, tmp_path / "ours"))
+
+
+def assert_same_run(folder, theirs, ours):
+    (expected, reference), (got, weights) = theirs, ours
     assert len(got) == len(expected) == STEPS
     for step in range(STEPS):
         assert_close_metrics(got[step], expected[step], step + 1)

@@ -37,7 +37,8 @@ class Steps(NamedTuple):
 
 def as_data(pairs: Sequence[Pair]) -> data.Pairs:
     """Returns pairs as the tokenised data set that the trainer reads."""
-    columns = dict(zip(("chosen_ids", "rejected_ids", "chosen_prompt", "rejected_prompt", "shared"),
+    columns = dict(zip(("chosen_ids", "rejected_ids", "chosen_prompt", "rejected_prompt", "shared",
+                         "encoder_ids"),
                        zip(*pairs, strict=True), strict=True))
     schema = pa.schema([data.TOKENISED.field(name) for name in columns])
     return data.Pairs(pa.table({name: list(column) for name, column in columns.items()}, schema), np.arange(len(pairs)))

@@ -19,6 +19,7 @@ class Pair(NamedTuple):
     chosen_prompt: int
     rejected_prompt: int
     shared: int
+    encoder_ids: np.ndarray | None = None  # of encoder-decoders, which no benchmark has
 
     @property
     def sequences(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
@@ -93,7 +94,7 @@ def make_pairs(sizes: np.ndarray, vocab_size: int, seed: int = 0) -> list[Pair]:
 
 def save(pairs: Sequence[Pair], file: pathlib.Path) -> None:
     """Writes pairs as one npz file."""
-    counts = [[len(p.chosen_ids), len(p.rejected_ids), *p[2:]] for p in pairs]
+    counts = [[len(p.chosen_ids), len(p.rejected_ids), *p[2:5]] for p in pairs]
     ids = np.concatenate([ids for p in pairs for ids in p[:2]])
     np.savez(file, ids=ids.astype(np.int32), counts=np.array(counts, np.int64))
 
@@ -103,4 +104,4 @@ def load(file: pathlib.Path) -> list[Pair]:
     with np.load(file) as arrays:
         ids, counts = arrays["ids"], arrays["counts"]
     parts = np.split(ids, np.cumsum(counts[:, :2].reshape(-1))[:-1])
-    return [Pair(parts[2 * i], parts[2 * i + 1], *map(int, row[2:])) for i, row in enumerate(counts)]
+    return [Pair(parts[2 * i], parts[2 * i + 1], *row) for i, row in enumerate(counts[:, 2:].tolist())]
