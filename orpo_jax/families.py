@@ -136,7 +136,7 @@ def decoder(config: Config, *layer: Weight, final: Table, prefix: str = "model",
     """Returns the table of a decoder from its layer's rows, whose names are those within a layer."""
     tied = config["tie_word_embeddings"]
     return (
-        Weight("embed", f"{prefix}.{embed}.weight", "v d -> v d"),
+        Weight("embed", f"{prefix}.{embed}.weight", "v d -> v d", copies=(f"{head}.weight",) if tied else ()),
         *((Weight("positions", f"{prefix}.{positions}.weight", "p d -> p d"),) if positions else ()),
         *(dataclasses.replace(row, path=f"layers/{row.path}", hf=f"{prefix}.{layers}.{{l}}.{row.hf}")
           for row in layer),

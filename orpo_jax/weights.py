@@ -158,11 +158,9 @@ def check_tensors(tensors: Tensors, arch: Architecture, folder: pathlib.Path) ->
     """Raises a ValueError that lists every tensor which is missing, unexpected or of a wrong shape."""
     sizes = arch.spec.sizes | {"v": arch.spec.vocab_size - arch.added_rows}
     wanted = {name: weight for weight in arch.table for name in hf_names(weight, sizes)}
-    untied = any(weight.path == "unembed" or weight.copies for weight in arch.table)
-    tied_head = set() if untied else {"lm_head.weight"}
-    found = {name for name in tensors.names() if not NOT_WEIGHTS.search(name)} - tied_head
-    copies = {name: weight.hf for weight in arch.table for name in weight.copies if name in tensors.names()}
-    found -= set(copies)
+    there = {name for name in tensors.names() if not NOT_WEIGHTS.search(name)}
+    copies = {name: weight.hf for weight in arch.table for name in weight.copies if name in there}
+    found = there - set(copies)
     problems = [f"missing: {name}" for name in sorted(set(wanted) - found)]
     problems += [f"unexpected: {name}" for name in sorted(found - set(wanted))]
     problems += [f"{name}: must be {original} once more, and differs" for name, original in sorted(copies.items())

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import orpo_jax
 from orpo_jax import config as config_lib
@@ -99,3 +99,20 @@ def test_a_coefficient_without_experts_is_an_error(tmp_path):
                                "orpo": {"router_aux_loss_coef": 0.1}, "train": {"batch_size": 2, "max_steps": 1}})
     with pytest.raises(ValueError, match="router_aux_loss_coef: must be 0 or unset"):
         train.run(config, train_rows=tiny.make_rows(4, "standard"))
+
+
+@pytest.mark.parametrize(("model_type", "head"), [("llama", "lm_head"), ("gpt_neox", "embed_out")])
+def test_a_tied_head_may_lie_in_the_files_too(tmp_path, model_type, head):
+    """Older files have it; one that differs from the embedding is no tied head."""
+    config = tiny.family_config(model_type, tie_word_embeddings=True)
+    arch = families.architecture(config, 16)
+    params = weights.random_params(arch, 0)
+    weights.save_params(params, arch, tmp_path, {})
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    embed = next(weight.hf for weight in arch.table if weight.path == "embed")
+    save_file({**tensors, f"{head}.weight": tensors[embed].copy()}, file)
+    np.testing.assert_array_equal(weights.load_params(tmp_path, arch)["embed"], params["embed"])
+    save_file({**tensors, f"{head}.weight": tensors[embed] + 1}, file)
+    with pytest.raises(ValueError, match=rf"{head}\.weight: must be {embed} once more, and differs"):
+        weights.load_params(tmp_path, arch)
