@@ -1,7 +1,7 @@
 """Sampling with a key/value cache: left-padded prompts -> continuations. Knows nothing of tokenisation.
 
 Shapes: B rows, T prompt tokens, S cache slots, K key/value heads, H head size, L layers; of encoder-decoders, E prompt
-tokens, N start and new tokens.
+tokens, N new tokens.
 """
 
 import functools
@@ -82,21 +82,22 @@ def _generate(graph: nnx.GraphDef, params: Any, ids_BT: Array, padding_B: Array,
 @functools.partial(jax.jit, static_argnames=("graph", "max_new_tokens"))
 def _decode(graph: nnx.GraphDef, params: Any, encoder_ids_BE: Array, lengths_B: Array, start: Array, stop_ids: Array,
             temperature: Array, key: Array, max_new_tokens: int) -> Array:
-    """Returns what an encoder-decoder says of the encoded prompts; each token reads all those before it afresh."""
+    """Returns what an encoder-decoder says of the encoded prompts."""
     module = nnx.merge(graph, params)
-    source_BED = module.encode(encoder_ids_BE, lengths_B)
-    ids_BN = jnp.full((encoder_ids_BE.shape[0], max_new_tokens + 1), stop_ids[0], jnp.int32).at[:, 0].set(start)
-    positions_BN = jnp.broadcast_to(jnp.arange(ids_BN.shape[1]), ids_BN.shape)
+    cache = module.make_cache(module.encode(encoder_ids_BE, lengths_B), max_new_tokens)
+    B = len(encoder_ids_BE)
 
     def go_on(carry: Any) -> Array:
-        step, _, done_B = carry
+        step, _, _, done_B, _ = carry
         return (step < max_new_tokens) & ~jnp.all(done_B)
 
     def one(carry: Any) -> Any:
-        step, ids_BN, done_B = carry
-        hidden_BND = module.decode(source_BED, lengths_B, ids_BN, positions_BN, jnp.full_like(ids_BN, ids_BN.shape[1]))
-        logits_BV = head.logits(hidden_BND[:, step], *module.unembedding())
+        step, token_B, out_BN, done_B, cache = carry
+        hidden_B1D, cache = module.decode_next(token_B, step, lengths_B, cache)
+        logits_BV = head.logits(hidden_B1D, *module.unembedding())[:, 0]
         token_B = jnp.where(done_B, stop_ids[0], _sample(key, temperature, logits_BV, step))
-        return step + 1, ids_BN.at[:, step + 1].set(token_B), done_B | jnp.isin(token_B, stop_ids)
+        return step + 1, token_B, out_BN.at[:, step].set(token_B), done_B | jnp.isin(token_B, stop_ids), cache
 
-    return jax.lax.while_loop(go_on, one, (0, ids_BN, jnp.zeros(len(ids_BN), bool)))[1][:, 1:]
+    carry = (jnp.int32(0), jnp.full(B, start, jnp.int32), jnp.full((B, max_new_tokens), stop_ids[0], jnp.int32),
+             jnp.zeros(B, bool), cache)
+    return jax.lax.while_loop(go_on, one, carry)[2]

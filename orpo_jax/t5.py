@@ -9,6 +9,7 @@ F mlp, V vocabulary, L layers.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,16 @@ def masked(bias_BNTK: Array, mask_BTK: Array) -> Array:
     return jnp.where(mask_BTK[:, None], bias_BNTK, jnp.finfo(jnp.float32).min)
 
 
+KeysValues = tuple[Array, Array]  # [B, K, N, H] each
+
+
+class Cache(NamedTuple):
+    """What the decoder's layers attend to while it generates, with a leading axis L."""
+
+    own: KeysValues  # of the tokens so far, and room for the others
+    crossed: KeysValues  # of the encoder's output
+
+
 class Attention(nnx.Module):
     """Attention of some positions to others, or to themselves."""
 
@@ -69,8 +80,11 @@ class Attention(nnx.Module):
         self.v = Linear(param, f"{path}/v", "btd,dnh->btnh")
         self.o = Linear(param, f"{path}/o", "btnh,nhd->btd")
 
-    def __call__(self, x_BTD: Array, source_BKD: Array, bias_BNTK: Array) -> Array:
-        q_BTNH, k_BKNH, v_BKNH = checkpoint_name((self.q(x_BTD), self.k(source_BKD), self.v(source_BKD)), "qkv")
+    def keys(self, source_BKD: Array) -> KeysValues:
+        return checkpoint_name((self.k(source_BKD), self.v(source_BKD)), "qkv")
+
+    def __call__(self, x_BTD: Array, keys_values: KeysValues, bias_BNTK: Array) -> Array:
+        q_BTNH, (k_BKNH, v_BKNH) = checkpoint_name(self.q(x_BTD), "qkv"), keys_values
         scores_BNTK = jnp.einsum("btnh,bknh->bntk", q_BTNH, k_BKNH, preferred_element_type=jnp.float32) + bias_BNTK
         probs_BNTK = jax.nn.softmax(scores_BNTK, axis=-1).astype(v_BKNH.dtype)
         return self.o(checkpoint_name(jnp.einsum("bntk,bknh->btnh", probs_BNTK, v_BKNH), "attn_out"))
@@ -85,15 +99,25 @@ class Layer(nnx.Module):
         self.cross = Attention(param, f"{path}/cross") if crosses else None
         self.mlp_norm, self.mlp = Norm(param, f"{path}/mlp_norm", spec), Mlp(param, f"{path}/mlp", spec)
 
-    def __call__(self, x_BTD: Array, bias_BNTT: Array, source_BSD: Array | None, cross_bias_BNTS: Array | None
-                 ) -> Array:
+    def __call__(self, x_BTD: Array, bias_BNTK: Array, source_BSD: Array | None = None,
+                 cross_bias_BNTS: Array | None = None, cache: Cache | None = None, start: Array | int = 0
+                 ) -> tuple[Array, Cache | None]:
+        """Returns the output, and the cache with what x adds to it from `start` on, where one is given."""
         normed_BTD = self.attn_norm(x_BTD)
-        x_BTD = checkpoint_name(x_BTD + self.attn(normed_BTD, normed_BTD, bias_BNTT), "attn_sum")
+        own = self.attn.keys(normed_BTD)
+        if cache is not None:
+            own = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, start, 1), cache.own, own)
+            cache = cache._replace(own=own)
+        x_BTD = checkpoint_name(x_BTD + self.attn(normed_BTD, own, bias_BNTK), "attn_sum")
         if self.cross is not None:
-            assert source_BSD is not None and cross_bias_BNTS is not None
-            crossed_BTD = self.cross(self.cross_norm(x_BTD), source_BSD, cross_bias_BNTS)
-            x_BTD = checkpoint_name(x_BTD + crossed_BTD, "attn_sum")
-        return shard_rows(x_BTD + self.mlp(self.mlp_norm(x_BTD))[0])
+            assert cross_bias_BNTS is not None
+            if cache is None:
+                assert source_BSD is not None
+                crossed = self.cross.keys(source_BSD)
+            else:
+                crossed = cache.crossed
+            x_BTD = checkpoint_name(x_BTD + self.cross(self.cross_norm(x_BTD), crossed, cross_bias_BNTS), "attn_sum")
+        return shard_rows(x_BTD + self.mlp(self.mlp_norm(x_BTD))[0]), cache
 
 
 class EncoderDecoder(nnx.Module):
@@ -131,33 +155,55 @@ class EncoderDecoder(nnx.Module):
 
     def encode(self, ids_BS: Array, lengths_B: Array, *, remat: str = "none", unroll: bool = False) -> Array:
         """Returns the encoder's output [B, S, D]."""
-        positions_1S = jnp.arange(ids_BS.shape[1])[None]
-        bias_BNSS = masked(self._distance_bias(self.encoder_distance_bias, positions_1S, both_ways=True),
-                           _real(ids_BS.shape[1], lengths_B))
-        run = lambda layer, x_BSD: layer(x_BSD, bias_BNSS, None, None)
-        return self.encoder_norm(_scan(self.encoder_layers, run, self._embedded(ids_BS), remat, unroll))
+        positions_S = jnp.arange(ids_BS.shape[1])
+        bias_BNSS = masked(self._distance_bias(self.encoder_distance_bias, positions_S[None], positions_S[None],
+                                               both_ways=True), _real(ids_BS.shape[1], lengths_B))
+        run = lambda layer, x_BSD, _: layer(x_BSD, bias_BNSS)
+        return self.encoder_norm(_scan(self.encoder_layers, run, self._embedded(ids_BS), None, remat, unroll)[0])
 
     def decode(self, source_BSD: Array, lengths_B: Array, ids_BT: Array, positions_BT: Array, q_end_BT: Array, *,
                remat: str = "none", unroll: bool = False) -> Array:
         """Returns the decoder's last hidden states [B, T, D], scaled for the head."""
         index_T = jnp.arange(ids_BT.shape[1])
-        bias_BNTT = masked(self._distance_bias(self.decoder_distance_bias, positions_BT, both_ways=False),
+        bias_BNTT = masked(self._distance_bias(self.decoder_distance_bias, positions_BT, positions_BT, both_ways=False),
                            visible(index_T, index_T, q_end_BT))
         cross_bias_BNTS = masked(jnp.zeros((1, 1, 1, 1)), _real(source_BSD.shape[1], lengths_B))
-        run = lambda layer, x_BTD: layer(x_BTD, bias_BNTT, source_BSD, cross_bias_BNTS)
-        x_BTD = self.decoder_norm(_scan(self.decoder_layers, run, self._embedded(ids_BT), remat, unroll))
+        run = lambda layer, x_BTD, _: layer(x_BTD, bias_BNTT, source_BSD, cross_bias_BNTS)
+        return self._scaled(_scan(self.decoder_layers, run, self._embedded(ids_BT), None, remat, unroll)[0])
+
+    def make_cache(self, source_BSD: Array, length: int) -> Cache:
+        """Returns the cache of a decoder that is to generate up to `length` tokens and has read none."""
+        cross = self.decoder_layers.cross
+        assert cross is not None
+        graph, weights_L = nnx.split(cross)
+        crossed = jax.lax.map(lambda weights: nnx.merge(graph, weights).keys(source_BSD), weights_L)
+        room = lambda x_LBSNH: jnp.zeros((*x_LBSNH.shape[:2], length, *x_LBSNH.shape[3:]), x_LBSNH.dtype)
+        return Cache(jax.tree.map(room, crossed), crossed)
+
+    def decode_next(self, ids_B: Array, step: Array, lengths_B: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Returns the last hidden states [B, 1, D] of the token that comes after `step` others, and the new cache."""
+        index_K, index_1 = jnp.arange(cache.own[0].shape[2]), step[None]
+        bias_BN1K = masked(self._distance_bias(self.decoder_distance_bias, index_1[None], index_K[None],
+                                               both_ways=False), (index_K <= step)[None, None])
+        cross_bias_BN1S = masked(jnp.zeros((1, 1, 1, 1)), _real(cache.crossed[0].shape[2], lengths_B))
+        run = lambda layer, x_B1D, cache: layer(x_B1D, bias_BN1K, None, cross_bias_BN1S, cache, step)
+        x_B1D, cache = _scan(self.decoder_layers, run, self._embedded(ids_B[:, None]), cache)
+        return self._scaled(x_B1D), cache
+
+    def _scaled(self, x_BTD: Array) -> Array:
+        x_BTD = self.decoder_norm(x_BTD)
         return x_BTD if self.spec.logit_scale == 1 else x_BTD * jnp.asarray(self.spec.logit_scale, x_BTD.dtype)
 
     def _embedded(self, ids_BT: Array) -> Array:
         assert self.embed is not None
         return shard_rows(self.embed[...][ids_BT].astype(self.dtype))
 
-    def _distance_bias(self, table: nnx.Param | None, positions_BT: Array, both_ways: bool) -> Array:
-        """Returns the float32 bias of each head, query and key [B, N, T, T]."""
+    def _distance_bias(self, table: nnx.Param | None, queries_BT: Array, keys_BK: Array, both_ways: bool) -> Array:
+        """Returns the float32 bias of each head, query and key [B, N, T, K], from their positions."""
         assert table is not None
-        distance_BTT = positions_BT[:, None, :] - positions_BT[:, :, None]
-        bucket_BTT = bucket(distance_BTT, self.spec.num_buckets, self.spec.max_distance, both_ways)
-        return jnp.moveaxis(table[...].astype(jnp.float32)[bucket_BTT], -1, 1)
+        distance_BTK = keys_BK[:, None, :] - queries_BT[:, :, None]
+        bucket_BTK = bucket(distance_BTK, self.spec.num_buckets, self.spec.max_distance, both_ways)
+        return jnp.moveaxis(table[...].astype(jnp.float32)[bucket_BTK], -1, 1)
 
 
 def _real(length: int, lengths_B: Array) -> Array:
@@ -165,13 +211,15 @@ def _real(length: int, lengths_B: Array) -> Array:
     return (jnp.arange(length) < lengths_B[:, None])[:, None]
 
 
-def _scan(layers: Layer, run: Callable[[Layer, Array], Array], x_BTD: Array, remat: str, unroll: bool) -> Array:
-    """Returns x after all layers of a stack."""
+def _scan(layers: Layer, run: Callable[[Layer, Array, Any], tuple[Array, Any]], x_BTD: Array, cache: Any,
+          remat: str = "none", unroll: bool = False) -> tuple[Array, Any]:
+    """Returns x after all layers of a stack, and their cache."""
     graph, weights_L = nnx.split(layers)
 
-    def step(x_BTD: Array, weights: nnx.State) -> tuple[Array, None]:
-        return run(nnx.merge(graph, weights), x_BTD), None
+    def step(x_BTD: Array, scanned: Any) -> tuple[Array, Any]:
+        weights, cache = scanned
+        return run(nnx.merge(graph, weights), x_BTD, cache)
 
     # As in model.py.
     step = step if remat == "none" else jax.checkpoint(step, prevent_cse=unroll, policy=REMAT[remat])
-    return jax.lax.scan(step, x_BTD, weights_L, unroll=unroll)[0]
+    return jax.lax.scan(step, x_BTD, (weights_L, cache), unroll=unroll)
