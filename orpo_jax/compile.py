@@ -330,11 +330,11 @@ def what_would_fit(program: Program, pairs: data.Pairs, report: Report) -> str:
         state = shard_bytes(other.abstract_state())
         what = in_words(settings) or f"--topology {topology}"
         if state > limit:
-            log.info("tried %s: parameters and optimiser state alone take %.1f GB", what, state / 1e9)
+            log.info("tried %s: parameters and optimiser state alone take %.3f GB", what, state / 1e9)
             return False
         tried += 1
         found = weigh(other, topology, report.num_slices, report.rows, limit)
-        log.info("tried %s: %.1f GB", what, found.total / 1e9)
+        log.info("tried %s: %.3f GB", what, found.total / 1e9)
         return found.fits
 
     for settings in attempts(program):
