@@ -120,7 +120,7 @@ def test_what_does_not_fit_names_the_first_change_that_does(folder):
 def test_errors_are_one_line(folder, args, message):
     result = run(folder, *args)
     assert result.returncode == 1
-    assert [line for line in result.stderr.splitlines() if line.startswith("error: ")][0].startswith(
+    assert next(line for line in result.stderr.splitlines() if line.startswith("error: ")).startswith(
         f"error: {message}")
 
 
