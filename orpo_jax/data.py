@@ -213,6 +213,14 @@ class Pairs(Sequence[Pair]):
         return max((int(ids.max(initial=0)) for ids in self._flat.values()), default=0)
 
 
+def from_pairs(pairs: Sequence[Pair]) -> Pairs:
+    """Returns pairs as the tokenised data set that `load_pairs` makes of rows."""
+    columns = dict(zip(("chosen_ids", "rejected_ids", "chosen_prompt", "rejected_prompt", "shared", "encoder_ids"),
+                       zip(*pairs, strict=True), strict=True))
+    schema = pa.schema([TOKENISED.field(name) for name in columns])
+    return Pairs(pa.table({name: list(column) for name, column in columns.items()}, schema), np.arange(len(pairs)))
+
+
 def load_pairs(source: Source, pretrained: Pretrained, config: DataConfig) -> tuple[Pairs, dict[str, int]]:
     """Returns the tokenised pairs that are kept, and the counts of what was read, cut and dropped."""
     encoder = Encoder(pretrained.tokenizer, pretrained.stop_ids, config, pretrained.decoder_start)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import huggingface_hub
@@ -59,7 +60,7 @@ class Pretrained:
         self.tokenizer.save_pretrained(folder)
 
 
-def find_folder(path: str, revision: str | None) -> pathlib.Path:
+def find_folder(path: str, revision: str | None, files: Sequence[str] = FILES) -> pathlib.Path:
     """Returns the local folder of a path or hub id, fetched if need be; ValueError where there is neither."""
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
@@ -67,7 +68,7 @@ def find_folder(path: str, revision: str | None) -> pathlib.Path:
     if folder.exists() or path.startswith((".", "/", "~")):
         raise ValueError(f"model.path: must be a model folder or a hub id, got {path!r}")
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=FILES))
+        return pathlib.Path(huggingface_hub.snapshot_download(path, revision=revision, allow_patterns=list(files)))
     except HFValidationError:
         raise ValueError(f"model.path: no such folder, and not a hub id, got {path!r}") from None
     except Exception as error:  # the hub's client raises many kinds, and the network more

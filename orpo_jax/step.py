@@ -248,15 +248,17 @@ def compile_to_fit(make: Callable[[str], Any], remats: Sequence[str], args: Sequ
 
     ValueError where the compiler finds no room even for the last one.
     """
+    refused = None
     for remat in remats:
         try:
             compiled = make(remat).lower(*args).compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            refused = error
             continue
         if bytes_needed(compiled) <= limit or remat == remats[-1]:
             return compiled, remat, bytes_needed(compiled)
     raise ValueError(f"model.remat: must leave room for the step on a device of {limit / 1e9:.1f} GB, got "
                      f"{remats[-1]!r}; choose a smaller train.rows_per_device or data.max_length, or more devices for "
-                     "mesh.fsdp")
+                     "mesh.fsdp") from refused

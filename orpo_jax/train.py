@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,21 +16,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orpo_jax import api, data, flops, loss, optim, weights
+from orpo_jax import api, data, flops, loss, weights
 from orpo_jax import config as config_lib
+from orpo_jax import program as program_lib
 from orpo_jax import step as step_lib
 from orpo_jax.card import model_card
 from orpo_jax.checkpoint import Checkpoints, read_meta
 from orpo_jax.config import Config
 from orpo_jax.data import Batches
 from orpo_jax.evaluate import evaluate
-from orpo_jax.families import Architecture, architecture
+from orpo_jax.families import architecture
 from orpo_jax.generate import generate
 from orpo_jax.metrics import CompileCounter, Meter, Metrics, Progress, check_trackers, log, set_up_logging
-from orpo_jax.model import remat_ladder
 from orpo_jax.pretrained import Pretrained, find_folder, open_pretrained
+from orpo_jax.program import Program, lay_out, make_program
 from orpo_jax.rundir import BASE_MODEL, open_run, start_run
-from orpo_jax.sharding import make_mesh, num_shards
+from orpo_jax.sharding import make_mesh
 
 Rows = Iterable[Mapping[str, Any]]
 
@@ -100,26 +100,16 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Job(Program):
     """Everything that a run needs before its first step, and that no step changes."""
 
-    config: Config
     pretrained: Pretrained
-    arch: Architecture
-    mesh: jax.sharding.Mesh
-    batches: Batches
     eval_batches: dict[str | None, Batches]
-    total_steps: int
+    eval_steps: dict[str | None, Callable]
     counts: dict[str, int]
     data: str
     data_hash: str
-    params: weights.Params  # shapes, types and shardings
-    optimizer: optax.GradientTransformation
-    optimizer_name: str | None
-    shardings: step_lib.TrainState
-    model: step_lib.Model
-    make_train_step: Callable[[step_lib.Model], Any]
-    eval_steps: dict[str | None, Callable]
+    optimizer_name: str | None  # None: given by the program
 
 
 def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, eval_rows: Rows | None,
@@ -129,7 +119,7 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                   open_pretrained(config.model.path, config.model.revision, config.data.chat_template))
     arch = architecture(pretrained.config, config.data.max_length, pretrained.rows_needed)
     mesh = make_mesh(dataclasses.asdict(config.mesh))
-    params = weights.abstract_params(arch, jnp.dtype(config.model.param_dtype), mesh)
+    weights.abstract_params(arch, mesh=mesh)  # a mesh that does not divide the weights is an error before the data
 
     source = (data.from_rows(train_rows, "train_rows") if train_rows is not None else
               data.read_source(config.data.train, config.data.train_name, config.data.train_split, "data.train"))
@@ -139,63 +129,14 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                        }.items():
         data.check_tables(some, arch.spec.vocab_size, arch.spec.max_positions, name)
 
-    coef = config.orpo.router_aux_loss_coef
-    if arch.spec.num_experts:
-        coef = arch.spec.router_aux_loss_coef if coef is None else coef
-    elif coef:
-        raise ValueError(f"orpo.router_aux_loss_coef: must be 0 or unset for a model without experts, got {coef}")
-    for some in (pairs, *eval_pairs.values()):
-        some.tail = int(bool(coef))  # the routers' statistics have the last response token too
-
-    platform = mesh.devices.flat[0].platform
-    dtype = step_lib.compute_dtype(config.model.dtype, platform)
-    if arch.encodes:
-        check_encodes(config)
-    attention = "xla" if arch.encodes else step_lib.choose_attention(
-        config.model.attention, platform, arch.spec, dtype,
-        data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length)
-
-    def lay_out(pairs: data.Pairs, batch_size: int, seed: int | None, rows_per_step: int | None
-                ) -> tuple[Batches, step_lib.Model]:
-        layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
-                                  platform, rows_per_step, attention, config.orpo.nll_scope,
-                                  flops.key_cost(arch, attention))
-        return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
-                step_lib.make_model(arch, layout, dtype, config.orpo.beta, attention, coef or 0.0))
-
-    batches, model = lay_out(pairs, config.train.batch_size, config.seed if config.data.shuffle else None,
-                             config.train.rows_per_step)
-    held_out = {name: lay_out(some, config.eval.batch_size, None, None) for name, some in eval_pairs.items()}
-
-    total_steps = data.total_steps(batches, config.train.num_train_epochs, config.train.max_steps)
-    schedule = optim.learning_rate_schedule(config.optim, total_steps)
-    name = config.optim.name
-    if optimizer is None:
-        optimizer = optim.make_optimizer(config.optim, total_steps, arch.decay_mask())
-    else:  # its learning rate is its own affair
-        name, schedule = None, lambda _: jnp.nan
-    shardings = step_lib.state_shardings(params, optimizer, mesh)
-    layout = batches.layout
-    log.info("%s: %.1f M parameters, %s; mesh %s; %d steps of %s, in rows of %s tokens, %d to a micro-batch; "
-             "attention %s",
-             config.model.path, sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6, dtype, dict(mesh.shape),
-             total_steps, f"{config.train.rows_per_step} rows" if config.train.rows_per_step is not None else
-             f"{config.train.batch_size} pairs", " or ".join(map(str, layout.row_lengths)), layout.rows, attention)
-    return Job(config, pretrained, arch, mesh, batches, {name: b for name, (b, _) in held_out.items()}, total_steps,
-               counts, source.name, pairs.digest(), params, optimizer, name, shardings, model,
-               lambda model: step_lib.make_train_step(model, optimizer, schedule, shardings),
-               {name: step_lib.make_eval_step(m, shardings) for name, (_, m) in held_out.items()})
-
-
-def check_encodes(config: Config) -> None:
-    """Raises a ValueError for what an encoder-decoder has none of, and says what it does without."""
-    config_lib.check(config.model.attention in ("auto", "xla"), "model.attention",
-                     "must be 'auto' or 'xla' for an encoder-decoder", config.model.attention)
-    config_lib.check(config.train.rows_per_step is None, "train.rows_per_step",
-                     "must be None for an encoder-decoder", config.train.rows_per_step,
-                     "its rows hold a pair each: set train.batch_size")
-    if config.data.packing:
-        log.info("data.packing is off for an encoder-decoder: a row holds one pair, and its prompt is encoded once")
+    program = make_program(config, arch, mesh, pairs, optimizer)
+    held_out = {name: lay_out(config, arch, mesh, program.model.attention, some, config.eval.batch_size)
+                for name, some in eval_pairs.items()}
+    log.info("%s", program)
+    return Job(**vars(program), pretrained=pretrained, eval_batches={name: b for name, (b, _) in held_out.items()},
+               eval_steps={name: step_lib.make_eval_step(m, program.shardings) for name, (_, m) in held_out.items()},
+               counts=counts, data=source.name, data_hash=pairs.digest(),
+               optimizer_name=config.optim.name if optimizer is None else None)
 
 
 def load_eval_pairs(config: Config, rows: Rows | None, pretrained: Pretrained) -> dict[str | None, data.Pairs]:
@@ -284,21 +225,13 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
 
 def compile_step(job: Job) -> Callable:
     """Returns the compiled train step, with the least recomputation that fits the devices."""
-    remat = job.config.model.remat
-    batch = job.batches.batch(0)[0]
-    batch = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch,
-                         data.batch_shardings(batch, job.mesh))
-    state = step_lib.abstract_state(job.params, job.optimizer, job.shardings)
     limit = step_lib.device_bytes(job.mesh.local_devices[0])
-    began = time.monotonic()
-    compiled, remat, need = step_lib.compile_to_fit(
-        lambda remat: job.make_train_step(dataclasses.replace(job.model, remat=remat)),
-        remat_ladder(job.mesh.devices.flat[0].platform) if remat == "auto" else [remat], (state, batch), limit)
-    log.info("the step is compiled, in %.0f s: remat %s, %.1f GB of %.1f GB per device", time.monotonic() - began,
-             remat, need / 1e9, limit / 1e9)
-    if need > limit:
+    compiled = program_lib.compile_step(job, limit)
+    log.info("the step is compiled, in %.0f s: remat %s, %.1f GB of %.1f GB per device", compiled.seconds,
+             compiled.remat, compiled.need / 1e9, limit / 1e9)
+    if compiled.need > limit:
         log.warning("the step may not fit; a smaller train.rows_per_device or data.max_length needs less")
-    return compiled
+    return compiled.step
 
 
 def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:

@@ -11,7 +11,7 @@ import pytest
 
 import benchmark
 from benchmarking import attention_check, models, pairs, report, systems
-from orpo_jax import attention, flops, packing
+from orpo_jax import attention, flops, packing, standin
 from orpo_jax.families import architecture, read_config
 
 
@@ -20,7 +20,7 @@ def settings(tmp_path_factory):
     """A tiny model and the 16 pairs of one step."""
     folder = tmp_path_factory.mktemp("benchmark")
     model = models.write_model("tiny", folder / "model")
-    made = pairs.make_pairs(pairs.lengths("ultrafeedback", 16, 0.06), models.SHAPES["tiny"]["vocab_size"])
+    made = standin.make_pairs(standin.lengths("ultrafeedback", 16, 0.06), models.SHAPES["tiny"]["vocab_size"])
     pairs.save(made, folder / "pairs.npz")
     return systems.Settings(str(model), str(folder / "pairs.npz"), "cpu", "float32", pairs=16, micro=4, warmup=0,
                             steps=1)
@@ -34,22 +34,22 @@ def ours(settings):
 @pytest.mark.parametrize(("name", "drawn"), [
     ("ultrafeedback", (180, 330, 280)), ("hh", (149, 42, 52)), ("long_prompt", (1000, 200, 200))])
 def test_lengths_have_their_means_and_cuts(name, drawn):
-    sizes = pairs.SETS[name](np.random.default_rng(0), 100_000)
+    sizes = standin.SETS[name](np.random.default_rng(0), 100_000)
     assert sizes.mean(axis=0) == pytest.approx(drawn, rel=0.02)
-    cut = pairs.lengths(name, 20_000)
-    assert (cut[:, 0] + cut[:, 1:].max(axis=1)).max() <= pairs.CUTS[name][0]
+    cut = standin.lengths(name, 20_000)
+    assert (cut[:, 0] + cut[:, 1:].max(axis=1)).max() <= standin.CUTS[name][0]
     assert (cut[:, 0] >= 2).all()
-    assert pairs.lengths(name, 20_000, scale=0.5).mean() == pytest.approx(cut.mean() / 2, rel=0.01)
-    assert (pairs.lengths(name, 50) == pairs.lengths(name, 50)).all()
+    assert standin.lengths(name, 20_000, scale=0.5).mean() == pytest.approx(cut.mean() / 2, rel=0.01)
+    assert (standin.lengths(name, 50) == standin.lengths(name, 50)).all()
 
 
 def test_responses_correlate():
-    logs = np.log(pairs.SETS["ultrafeedback"](np.random.default_rng(0), 100_000))
+    logs = np.log(standin.SETS["ultrafeedback"](np.random.default_rng(0), 100_000))
     assert np.corrcoef(logs.T) == pytest.approx(np.array([[1, 0, 0], [0, 1, 0.6], [0, 0.6, 1]]), abs=0.02)
 
 
 def test_pairs_survive_their_file(tmp_path):
-    made = pairs.make_pairs(pairs.lengths("hh", 20), 100)
+    made = standin.make_pairs(standin.lengths("hh", 20), 100)
     pairs.save(made, tmp_path / "pairs.npz")
     for before, after in zip(made, pairs.load(tmp_path / "pairs.npz"), strict=True):
         assert all((a == b).all() for a, b in zip(before[:2], after[:2], strict=True)) and before[2:] == after[2:]

@@ -355,11 +355,11 @@ def test_the_resolved_config_is_frozen():
 
 # Each module imports from those before it only.
 ORDER = [
-    "config", "packing", "loss", "sharding", "rope", "card", "adam8bit",
+    "config", "packing", "loss", "sharding", "rope", "card", "adam8bit", "standin",
     "attention", "kernels", "experts", "head", "model", "t5", "preference", "optim", "checkpoint", "metrics",
     "families", "flops", "generate", "pretrained", "data", "evaluate", "rundir",
-    "weights", "step", "api",
-    "train", "convert",
+    "weights", "step", "program", "api",
+    "train", "convert", "compile",
 ]
 
 

@@ -13,8 +13,7 @@ import pytest
 import tiny
 import zstandard
 
-from benchmarking import pairs as benchmark_pairs
-from orpo_jax import data
+from orpo_jax import data, standin
 from orpo_jax.config import DataConfig, OrpoConfig
 from orpo_jax.data import Batches, from_rows, load_pairs, make_layout, read_source, total_steps
 from orpo_jax.preference import Encoder
@@ -422,7 +421,7 @@ class Lengths:
 @pytest.mark.parametrize(("shards", "batch_size"), [
     (1, 64), (1, 128), (1, 512), (8, 64), (8, 128), (8, 512), (16, 64), (16, 128), (16, 512), (64, 512)])
 def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, batch_size):
-    parts = benchmark_pairs.lengths("ultrafeedback", 24_000)
+    parts = standin.lengths("ultrafeedback", 24_000)
     layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform)
     unseen = Lengths(parts[12_000:]).sizes(True)
     steps = [unseen[start:start + batch_size] for start in range(0, len(unseen) - batch_size, batch_size)][:24]

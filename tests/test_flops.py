@@ -14,11 +14,11 @@ import tiny
 from flax import nnx
 
 from benchmarking import flop_count, jax_side
-from benchmarking.pairs import lengths
 from benchmarking.systems import Settings
 from orpo_jax import attention, data, flops, head, loss, packing, step, weights
 from orpo_jax.families import architecture
 from orpo_jax.preference import make_pair
+from orpo_jax.standin import lengths
 
 PAIRS, SCALE = 64, 0.35
 SHAPE = dict(vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,

@@ -54,7 +54,7 @@ from benchmarking import models, report
 from benchmarking import pairs as pairs_lib
 from benchmarking.systems import SYSTEMS, Result, Settings
 from orpo_jax import config as config_lib
-from orpo_jax import data, flops, packing
+from orpo_jax import data, flops, packing, standin
 from orpo_jax.families import Architecture, architecture, read_config
 from orpo_jax.pretrained import open_pretrained
 
@@ -83,7 +83,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--systems", default="", help="names, separated by ';', or 'all'; default: the device's")
     parser.add_argument("--model", default="small", help=f"a folder, or random weights: {', '.join(models.SHAPES)}")
-    parser.add_argument("--lengths", choices=pairs_lib.SETS, default="ultrafeedback")
+    parser.add_argument("--lengths", choices=standin.SETS, default="ultrafeedback")
     parser.add_argument("--scale", type=float, default=1.0, help="of the lengths")
     parser.add_argument("--data", default="", help="rows in place of synthetic pairs; needs a model folder")
     parser.add_argument("--max-length", type=int, default=1024, help="what rows are cut to")
@@ -138,17 +138,17 @@ def choose_systems(args: argparse.Namespace) -> list[str]:
 # What the systems are given
 
 
-def make_pairs(args: argparse.Namespace, model: pathlib.Path, count: int) -> list[pairs_lib.Pair]:
+def make_pairs(args: argparse.Namespace, model: pathlib.Path, count: int) -> list[packing.Pair]:
     """Returns the pairs of a run: synthetic ones, or the first of --data; ValueError where it holds too few."""
     if not args.data:
-        sizes = pairs_lib.lengths(args.lengths, count, args.scale)
-        return pairs_lib.make_pairs(sizes, read_config(model)["vocab_size"])
+        sizes = standin.lengths(args.lengths, count, args.scale)
+        return standin.make_pairs(sizes, read_config(model)["vocab_size"])
     data_config = config_lib.DataConfig(train=args.data, max_length=args.max_length)
     found, _ = data.load_pairs(data.read_source(args.data, None, "train", "--data"), open_pretrained(str(model)),
                                data_config)
     if len(found) < count:
         raise ValueError(f"--data: must hold (--warmup + --steps) * --pairs = {count} pairs, got {len(found)}")
-    return [pairs_lib.Pair(*found[i]) for i in range(count)]
+    return [found[i] for i in range(count)]
 
 
 def prepare(args: argparse.Namespace, folder: pathlib.Path, shape: str) -> Settings:

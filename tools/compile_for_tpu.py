@@ -1,6 +1,5 @@
 """Compiles programs for TPU chips that need not be there, and prints a line of JSON for each. With libtpu installed:
 
-    export TPU_SKIP_MDS_QUERY=1 JAX_PLATFORMS=cpu
     python tools/compile_for_tpu.py step            # the train step of Qwen2-0.5B, 8 UltraFeedback-like pairs
     python tools/compile_for_tpu.py step --topologies v5e:2x2 --meshes 1,4,1 --attention splash --remats minimal full
     python tools/compile_for_tpu.py trl --attention splash --remats full  # the same pairs as TRL lays them out
@@ -12,7 +11,6 @@ counts once. scatters: what is scattered beside the gradient of the embedding.
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import re
@@ -22,17 +20,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarking import jax_side, models, systems
-from benchmarking import pairs as pairs_lib
+from orpo_jax import compile as compile_lib
 from orpo_jax import config as config_lib
-from orpo_jax import data, kernels, packing, sharding, weights
+from orpo_jax import data, kernels, packing, sharding, standin, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.model import REMAT
+from orpo_jax.program import make_program
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 # What layouts are made of; a step takes some of them.
@@ -47,31 +45,19 @@ POLICIES = {"residuals": kernels.saves_residuals, "nothing": jax.checkpoint_poli
 
 def make_mesh(topology: str, sizes: tuple[int, ...]) -> Mesh:
     """Returns a mesh of the topology's first chips."""
-    chips = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[:math.prod(sizes)]
+    chips = compile_lib.topology_devices(topology)[:math.prod(sizes)]
     return sharding.make_mesh(dict(zip(sharding.MESH_AXES, sizes, strict=False)), chips)
-
-
-def placed(tree: Any, shardings: Any) -> Any:
-    """Returns the shapes and types of a tree of arrays, with shardings."""
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def lower_step(args: argparse.Namespace, arch: Architecture, mesh: Mesh, attention: str, remat: str) -> Any:
     """Returns the project's train step, lowered for the pairs of args."""
-    lengths = pairs_lib.lengths("ultrafeedback", SAMPLE_PAIRS)
-    pairs = jax_side.as_data(pairs_lib.make_pairs(lengths, arch.spec.vocab_size))
-    config = config_lib.DataConfig(train="pairs", row_length=args.row_length)
-    layout = data.make_layout(pairs, config, args.pairs, args.rows, sharding.num_shards(mesh), "tpu",
-                              args.rows_per_step, attention)
-    batches = data.Batches(pairs, layout, args.pairs, config_lib.OrpoConfig(), None, args.rows_per_step)
-    batch, _ = batches.batch(0)
-    optimizer, schedule = jax_side.make_optimizer(SETTINGS, arch)
-    params = weights.abstract_params(arch, jnp.float32, mesh)
-    shardings = step_lib.state_shardings(params, optimizer, mesh)
-    model = dataclasses.replace(step_lib.make_model(arch, layout, jnp.dtype(SETTINGS.dtype), SETTINGS.beta, attention),
-                                remat=remat)
-    return step_lib.make_train_step(model, optimizer, schedule, shardings).lower(
-        step_lib.abstract_state(params, optimizer, shardings), placed(batch, data.batch_shardings(batch, mesh)))
+    lengths = standin.lengths("ultrafeedback", SAMPLE_PAIRS)
+    config = config_lib.build({
+        "output_dir": "none", "model": {"path": args.model, "attention": attention, "dtype": SETTINGS.dtype},
+        "data": {"train": "pairs", "row_length": args.row_length, "shuffle": False},
+        "train": {"batch_size": args.pairs, "rows_per_device": args.rows, "rows_per_step": args.rows_per_step}})
+    program = make_program(config, arch, mesh, data.from_pairs(standin.make_pairs(lengths, arch.spec.vocab_size)))
+    return program.make_train_step(remat).lower(program.abstract_state(), program.abstract_batch())
 
 
 def lower_trl(args: argparse.Namespace, arch: Architecture, mesh: Mesh, attention: str, remat: str) -> Any:
@@ -121,7 +107,8 @@ def lower_attention(attention: str, mesh: Mesh, *, head_dim: int, window: int | 
         # With the loss, or the forward pass before the one for the gradients would not be needed at all.
         return jax.value_and_grad(layer, (0, 1, 2))(q, k, v)
 
-    return jax.jit(loss_and_gradients).lower(*qkv, placed(rows, jax.tree.map(lambda _: rows_sharding, rows)))
+    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding), rows)
+    return jax.jit(loss_and_gradients).lower(*qkv, placed)
 
 
 def compile_one(lower: Any, mesh: Mesh, embed_shape: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -140,7 +127,7 @@ def compile_one(lower: Any, mesh: Mesh, embed_shape: tuple[int, ...] = ()) -> di
     embedding = f"f32[{','.join(map(str, embed_shape))}]"
     return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
             "aliased": memory.alias_size_in_bytes, "needed": step_lib.bytes_needed(compiled), "fits": True,
-            "kernels": text.count('custom_call_target="tpu_custom_call"'),
+            "kernels": compile_lib.kernel_calls(text),
             "scatters": sorted({scatter for scatter in scatters if scatter != embedding}),
             "seconds": round(time.time() - start)}
 

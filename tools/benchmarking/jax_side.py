@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyarrow as pa
 from flax import nnx
 
 from benchmarking.flop_count import at_full_depth, counted, row_flops
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
 from orpo_jax import config as config_lib
-from orpo_jax import data, flops, head, loss, optim, sharding, weights
+from orpo_jax import data, flops, head, loss, optim, packing, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
@@ -35,21 +34,12 @@ class Steps(NamedTuple):
     flops: Callable[[], float]
 
 
-def as_data(pairs: Sequence[Pair]) -> data.Pairs:
-    """Returns pairs as the tokenised data set that the trainer reads."""
-    columns = dict(zip(("chosen_ids", "rejected_ids", "chosen_prompt", "rejected_prompt", "shared",
-                         "encoder_ids"),
-                       zip(*pairs, strict=True), strict=True))
-    schema = pa.schema([data.TOKENISED.field(name) for name in columns])
-    return data.Pairs(pa.table({name: list(column) for name, column in columns.items()}, schema), np.arange(len(pairs)))
-
-
 def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Architecture, params: weights.Params,
              mesh: jax.sharding.Mesh) -> Steps:
     """Returns the project's own train step over the pairs."""
     platform = mesh.devices.flat[0].platform
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
-    table = as_data(pairs)
+    table = data.from_pairs([packing.Pair(*pair) for pair in pairs])
     attention = step_lib.choose_attention("auto", platform, arch.spec, settings.dtype, data.ROW_UNIT)
     layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
                               key_cost=flops.key_cost(arch, attention))
