@@ -15,6 +15,7 @@ from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.model import Spec
 from orpo_jax.packing import Rows
+from orpo_jax.sharding import names, spec_entry, within
 from orpo_jax.weights import Params, make_graph
 
 Array = jax.Array
@@ -43,8 +44,8 @@ def choose_attention(name: str, platform: str, spec: Spec, dtype: Any, row_lengt
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the sharding of every array of the state.
 
-    What lies at a parameter's path and has as many axes, such as moments and scales of blocks, is split as the
-    parameter is, along each axis that divides; the rest is everywhere.
+    What lies at a parameter's path is split as the parameter is, along each axis that divides: moments, scales of
+    blocks, and factors, which lack one of its axes. The rest is everywhere.
     """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_path = flatten(params)
@@ -53,14 +54,28 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
         keys = [str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey)]
         for start in range(len(keys)):
             param = by_path.get("/".join(keys[start:]))
-            if param is not None and param.ndim == leaf.ndim:
-                spec = [axis if axis and size % mesh.shape[axis] == 0 else None
-                        for axis, size in zip(param.sharding.spec, leaf.shape, strict=True)]
-                return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+            if param is not None:
+                spec = _spec_like(mesh, leaf.shape, param)
+                return whole if spec is None else jax.sharding.NamedSharding(mesh, spec)
         return whole
 
     opt_state = jax.tree_util.tree_map_with_path(like_param, jax.eval_shape(optimizer.init, params))
     return TrainState(whole, jax.tree.map(lambda param: param.sharding, params), opt_state)
+
+
+def _spec_like(mesh: jax.sharding.Mesh, shape: Sequence[int], param: jax.ShapeDtypeStruct
+               ) -> jax.sharding.PartitionSpec | None:
+    """Returns how to split what has all axes of a parameter, or all but one of them; None for anything else."""
+    spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
+    if len(shape) == param.ndim - 1:
+        left = [at for at in range(param.ndim) if [*param.shape[:at], *param.shape[at + 1:]] == [*shape]]
+        if not left:
+            return None
+        del spec[left[0]]
+    if len(shape) != len(spec):
+        return None
+    return jax.sharding.PartitionSpec(*(
+        spec_entry(within(mesh.shape, names(entry), size)) for entry, size in zip(spec, shape, strict=True)))
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
