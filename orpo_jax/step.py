@@ -15,7 +15,7 @@ from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.model import Spec
 from orpo_jax.packing import Rows
-from orpo_jax.sharding import names, spec_entry, within
+from orpo_jax.sharding import names, parts, spec_entry, within
 from orpo_jax.weights import Params, make_graph
 
 Array = jax.Array
@@ -44,8 +44,8 @@ def choose_attention(name: str, platform: str, spec: Spec, dtype: Any, row_lengt
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the sharding of every array of the state.
 
-    What lies at a parameter's path is split as the parameter is, along each axis that divides: moments, scales of
-    blocks, and factors, which lack one of its axes. The rest is everywhere.
+    What lies at a parameter's path is split as the parameter is: moments, scales of blocks, and factors, which lack one
+    of its axes. What can't lie along its own axis lies along another that divides. The rest is everywhere.
     """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_path = flatten(params)
@@ -74,8 +74,13 @@ def _spec_like(mesh: jax.sharding.Mesh, shape: Sequence[int], param: jax.ShapeDt
         del spec[left[0]]
     if len(shape) != len(spec):
         return None
-    return jax.sharding.PartitionSpec(*(
-        spec_entry(within(mesh.shape, names(entry), size)) for entry, size in zip(spec, shape, strict=True)))
+    placed = [list(within(mesh.shape, names(entry), size)) for entry, size in zip(spec, shape, strict=True)]
+    for axis in (axis for entry in param.sharding.spec for axis in names(entry)):
+        room = [(size // parts(mesh.shape, axes), axes) for size, axes in zip(shape, placed, strict=True)
+                if size % parts(mesh.shape, [*axes, axis]) == 0]
+        if room and not any(axis in axes for axes in placed):
+            max(room, key=lambda size_and_axes: size_and_axes[0])[1].append(axis)
+    return jax.sharding.PartitionSpec(*map(spec_entry, placed))
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
