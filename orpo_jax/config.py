@@ -182,12 +182,14 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices along each mesh axis; -1 takes what is left (sharding.py)."""
 
     data: int = free(1)
     fsdp: int = free(-1)
     tensor: int = free(1)
     expert: int = free(1)
+    # The tokens of each row, for rows that are too long for one device; divides the heads, with mesh.tensor.
+    sequence: int = free(1)
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
@@ -273,6 +275,10 @@ class Config:
         check(bool(self.output_dir), "output_dir", "must name a folder", self.output_dir)
         check(self.train.rows_per_step is None or self.data.packing, "train.rows_per_step", "needs data.packing",
               self.train.rows_per_step)
+        splits = 64 if self.mesh.sequence == -1 else self.mesh.sequence
+        check(self.data.row_length == "auto" or self.data.row_length % splits == 0, "data.row_length",
+              f"must be 'auto' or a multiple of {splits}, since mesh.sequence={self.mesh.sequence} splits rows",
+              self.data.row_length)
         check(0 <= self.seed < 2**32, "seed", "must be from 0 to 2**32 - 1", self.seed)
 
 

@@ -67,7 +67,7 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
     if mesh.empty:
         return run(0, x_BTD, weights_BTC, chosen_BTC, experts)
     axes = tuple(axis for axis in ("expert", "tensor") if mesh.shape[axis] > 1)
-    by_row, by_expert = P(BATCH_AXES), P("expert", None, "tensor")
+    by_token, by_expert = P(BATCH_AXES, "sequence"), P("expert", None, "tensor")
 
     def on_device(x_BTD: Array, weights_BTC: Array, chosen_BTC: Array, experts: Weights) -> Array:
         first: Any = 0
@@ -82,8 +82,8 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
             y_BTD = jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
         return y_BTD
 
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(by_row, by_row, by_row, (by_expert,) * 3), out_specs=by_row,
-                         check_vma=False)(x_BTD, weights_BTC, chosen_BTC, experts)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(by_token,) * 3 + ((by_expert,) * 3,),
+                         out_specs=by_token, check_vma=False)(x_BTD, weights_BTC, chosen_BTC, experts)
 
 
 def _on_device(activation: Callable[[Array], Array], unroll: bool, first: Any, x_BTD: Array, weights_BTC: Array,

@@ -483,6 +483,13 @@ FAMILIES = {
     "t5": Family(t5_spec, t5_table, frozenset(T5_FIELDS.split()), EncoderDecoder),
 }
 
+# The fields that give the axes of weights their sizes, by letter, under all of their names.
+SIZE_FIELDS = {
+    "d": ("hidden_size", "n_embd", "d_model"), "n": ("num_attention_heads", "n_head", "num_heads"),
+    "f": ("intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner", "d_ff"),
+    "e": ("moe_intermediate_size", "intermediate_size"), "x": ("num_experts", "num_local_experts"),
+}
+
 # Fields that change no number of training: names, token ids, and settings of generation, of initialisation, of dropout
 # (which is off, as in TRL), of other heads, and of how PyTorch lays the work out.
 INERT_FIELDS = frozenset({
@@ -513,6 +520,12 @@ class Architecture:
     def encodes(self) -> bool:
         """Whether prompts go through an encoder of their own."""
         return self.module is EncoderDecoder
+
+    def field_of(self, letter: str) -> str:
+        """Returns the field of config.json that gives an axis its size, for errors that name it."""
+        names = SIZE_FIELDS.get(letter, ())
+        size = self.spec.sizes[letter]
+        return next((name for name in names if self.config.get(name) == size), names[0] if names else "a size")
 
     def decay_mask(self) -> dict[str, Any]:
         """Returns which weights decay, in the shape of the parameters."""

@@ -18,13 +18,15 @@ from jax.sharding import PartitionSpec as P
 
 from orpo_jax import loss
 from orpo_jax.packing import Rows
-from orpo_jax.sharding import BATCH_AXES, weight_sharding
+from orpo_jax.sharding import BATCH_AXES, HEAD_AXES, names, weight_spec
 
 Array = jax.Array
 Sums = dict[str, Array]
 
 # Bytes of float32 logits that may live at a time on one device: a row of 2,048 tokens by 152k words passes whole.
 LOGITS_BUDGET = 3 * 2**29
+# The logit of no word: its exp is 0, and its square finite.
+NO_WORD = -1e9
 
 
 def precision(dtype: jnp.dtype) -> Any:
@@ -102,54 +104,102 @@ def _backward(settings: Settings, grads: Gradients, cotangents: tuple[Any, Any])
 orpo.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+class Words(NamedTuple):
+    """The words of the vocabulary whose logits a device makes."""
+
+    index_V: Array  # of each; -1 for what only fills up the device's share
+    total: int  # of all devices
+    axes: tuple[str, ...] = ()  # of the mesh, along which they are split
+    filled: bool = False
+
+
+def _share(mesh: Any, axes: Sequence[str], total: int) -> Words:
+    """Returns this device's words: those of its part along the first axis, of that along the second, and so on."""
+    first, stop, size, filled = jnp.int32(0), total, total, False
+    for axis in axes:
+        filled |= size % mesh.shape[axis] > 0
+        size = -(-size // mesh.shape[axis])
+        first += jax.lax.axis_index(axis) * size
+        stop = jnp.minimum(stop, first + size)
+    index_V = first + jnp.arange(size)
+    return Words(jnp.where(index_V < stop, index_V, -1), total, tuple(axes), filled)
+
+
 def _on_mesh(settings: Settings, wanted: Wanted, hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows,
              counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
-    """Runs each device's rows on it. The weight is gathered over fsdp once, and its gradient comes back split."""
+    """Runs each device's rows on it and, of devices that share rows, along `tensor` and `sequence`, each one's words.
+
+    The weight's parts come together once: along axes with rows of their own they are gathered, along the others parts
+    of D are traded for parts of V. Its gradient goes back the same way, and is split as the weight is.
+    """
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return _rows(settings, wanted, None, hidden_BTD, weight_VD.astype(hidden_BTD.dtype), bias_V, rows, counts)
-    weight_spec = weight_sharding(mesh, "unembed", "vd", weight_VD.shape).spec
-    # An axis of one device needs no collective, and XLA on CPU would copy for it.
-    vocab_axis, model_axis = (axis if axis is not None and mesh.shape[axis] > 1 else None for axis in weight_spec)
-    row_axes = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
-    by_row, by_word = P(BATCH_AXES), P(weight_spec[0])
+        words = Words(jnp.arange(weight_VD.shape[0]), weight_VD.shape[0])
+        return _rows(settings, wanted, words, hidden_BTD, weight_VD.astype(hidden_BTD.dtype), bias_V, rows, counts)
+    spec_VD, by_word = weight_spec(mesh, "vd", weight_VD.shape), weight_spec(mesh, "v", weight_VD.shape[:1])
+    stored_V, stored_D = map(names, spec_VD)
+    traded = tuple(axis for axis in reversed(stored_D) if axis in HEAD_AXES)
+    row_axes = tuple(axis for axis in BATCH_AXES if mesh.shape[axis] > 1)
+    by_row, by_token = P(BATCH_AXES), P(BATCH_AXES, "sequence")
 
     def summed(x: Any, axes: Sequence[str]) -> Any:
         return jax.lax.psum(x, tuple(axes)) if axes else x
 
-    def on_device(hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows, counts: Counts) -> Any:
-        weight_VD = weight_VD.astype(hidden_BTD.dtype)
-        if model_axis is not None:
-            weight_VD = jax.lax.all_gather(weight_VD, model_axis, axis=1, tiled=True)
-        result, (dhidden_BTD, dweight_VD, dbias_V) = _rows(settings, wanted, vocab_axis, hidden_BTD, weight_VD, bias_V,
-                                                           rows, counts)
-        if vocab_axis is not None:
-            dhidden_BTD = summed(dhidden_BTD, [vocab_axis])
-        if dweight_VD is not None and model_axis is not None:
-            dweight_VD = jax.lax.psum_scatter(dweight_VD, model_axis, scatter_dimension=1, tiled=True)
-        dweight_VD = summed(dweight_VD, [axis for axis in row_axes if axis != model_axis])
-        return summed(result, row_axes), (dhidden_BTD, dweight_VD, summed(dbias_V, row_axes))
+    def together(weight_VD: Array) -> Array:
+        for axis in reversed(stored_D):
+            if axis in traded:
+                weight_VD = jnp.pad(weight_VD, ((0, -weight_VD.shape[0] % mesh.shape[axis]), (0, 0)))
+                weight_VD = jax.lax.all_to_all(weight_VD, axis, split_axis=0, concat_axis=1, tiled=True)
+            else:
+                weight_VD = jax.lax.all_gather(weight_VD, axis, axis=1, tiled=True)
+        return weight_VD
 
+    def on_device(hidden_BTD: Array, weight_VD: Array, bias_V: Array | None, rows: Rows, counts: Counts) -> Any:
+        words = _share(mesh, stored_V + traded, total)
+        of_share = lambda bias_V: bias_V[jnp.clip(words.index_V - _share(mesh, stored_V, total).index_V[0], 0)]
+        back = lambda function, grad, of: jax.linear_transpose(function, jax.ShapeDtypeStruct(of.shape, grad.dtype))(
+            grad)[0]
+        result, (dhidden_BTD, dweight_VD, dbias_V) = _rows(
+            settings, wanted, words, hidden_BTD, together(weight_VD.astype(hidden_BTD.dtype)),
+            None if bias_V is None else of_share(bias_V), rows, counts)
+        if dhidden_BTD is not None:
+            dhidden_BTD = summed(dhidden_BTD, [axis for axis in words.axes if axis != "sequence"])
+        if dweight_VD is not None:
+            dweight_VD = summed(back(together, dweight_VD, weight_VD),
+                                [axis for axis in row_axes if axis not in stored_D])
+        if dbias_V is not None:
+            dbias_V = summed(back(of_share, dbias_V, bias_V), row_axes + traded)
+        return summed(result, row_axes), (dhidden_BTD, dweight_VD, dbias_V)
+
+    total = weight_VD.shape[0]
     # check_vma=False: it would ask for a cast of each number that is the same on all devices.
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(by_row, weight_spec, by_word, by_row, P()),
-                         out_specs=(P(), (by_row, weight_spec, by_word)), check_vma=False)(
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(by_token, spec_VD, by_word, by_row, P()),
+                         out_specs=(P(), (by_token, spec_VD, by_word)), check_vma=False)(
         hidden_BTD, weight_VD, bias_V, rows, counts)
 
 
-def _rows(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_BTD: Array, weight_VD: Array,
-          bias_V: Array | None, rows: Rows, counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
-    """Returns the loss and sums of one device's rows and their gradients, float32; None for those not wanted."""
-    scored = hidden_BTD.shape[1] if settings.scored is None else settings.scored
+def _rows(settings: Settings, wanted: Wanted, words: Words, hidden_BTD: Array, weight_VD: Array, bias_V: Array | None,
+          rows: Rows, counts: Counts) -> tuple[tuple[Array, Sums], Gradients]:
+    """Returns the loss and sums of one device's rows and their gradients, float32; None for those not wanted.
+
+    Along `sequence` the device is given its part of each row's hidden states, and returns that of their gradient.
+    """
+    scored = rows.targets.shape[1] if settings.scored is None else settings.scored
     settings = settings._replace(chunks=settings.chunks or num_chunks(scored, weight_VD.shape[0]))
 
     def one_row(dweights: Any, row: tuple[Array, Rows]) -> tuple[Any, Any]:
         hidden_TD, of_row = row
+        if "sequence" in words.axes:
+            hidden_TD = jax.lax.all_gather(hidden_TD, "sequence", axis=0, tiled=True)
         pick, put = _scored(of_row, scored)
         of_scored = of_row._replace(targets=pick(of_row.targets), nll_weights=pick(of_row.nll_weights),
                                     segments=pick(of_row.segments))
-        part, dhidden_CD, dweights = _row(settings, wanted, vocab_axis, pick(hidden_TD), of_scored, weight_VD, bias_V,
+        part, dhidden_CD, dweights = _row(settings, wanted, words, pick(hidden_TD), of_scored, weight_VD, bias_V,
                                           counts, dweights)
-        return dweights, (part, None if dhidden_CD is None else put(dhidden_CD))
+        dhidden_TD = None if dhidden_CD is None else put(dhidden_CD)
+        if dhidden_TD is not None and "sequence" in words.axes:
+            dhidden_TD = jax.lax.psum_scatter(dhidden_TD, "sequence", scatter_dimension=0, tiled=True)
+        return dweights, (part, dhidden_TD)
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) if x is not None and want else None
                   for x, want in ((weight_VD, wanted.weight), (bias_V, wanted.bias)))
@@ -169,20 +219,20 @@ def _scored(row: Rows, count: int) -> tuple[Callable[[Array], Array], Callable[[
     return lambda x_T: take(x_T, places), lambda x: take(x, back_T)
 
 
-def _row(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_TD: Array, row: Rows, weight_VD: Array,
+def _row(settings: Settings, wanted: Wanted, words: Words, hidden_TD: Array, row: Rows, weight_VD: Array,
          bias_V: Array | None, counts: Counts, dweights: Any) -> tuple[Any, Array | None, Any]:
     """Returns a row's loss and sums, the gradient of its hidden states, and `dweights` with its part added."""
-    num_words = weight_VD.shape[0]
-    first: Any = 0
-    if vocab_axis is None:
-        across, largest = lambda x: x, lambda x: x
+    words_V, first = words.index_V, words.index_V[0]
+    if words.axes:
+        across, largest = (partial(f, axis_name=words.axes) for f in (jax.lax.psum, jax.lax.pmax))
     else:
-        first, num_words = jax.lax.axis_index(vocab_axis) * num_words, num_words * jax.lax.axis_size(vocab_axis)
-        across, largest = partial(jax.lax.psum, axis_name=vocab_axis), partial(jax.lax.pmax, axis_name=vocab_axis)
-    words_V = first + jnp.arange(weight_VD.shape[0])
+        across, largest = lambda x: x, lambda x: x
+
+    def of_words(logits_CV: Array, otherwise: float) -> Array:
+        return jnp.where(words_V >= 0, logits_CV, otherwise) if words.filled else logits_CV
 
     def logits_of(hidden_CD: Array) -> Array:
-        return logits(hidden_CD, weight_VD, bias_V, settings.softcap)
+        return of_words(logits(hidden_CD, weight_VD, bias_V, settings.softcap), NO_WORD)
 
     def read(logits_CV: Array, targets_C: Array) -> tuple[Array, Array, Array]:
         """Returns each target's logit, the log of the sum of all exps, and the mean logit."""
@@ -190,7 +240,8 @@ def _row(settings: Settings, wanted: Wanted, vocab_axis: str | None, hidden_TD: 
         at_C = jnp.clip(targets_C - first, 0, weight_VD.shape[0] - 1)
         target_C = jnp.where(words_V[at_C] == targets_C, jnp.take_along_axis(logits_CV, at_C[:, None], 1)[:, 0], 0.0)
         sum_C = across(jnp.sum(jnp.exp(logits_CV - max_C[:, None]), axis=-1))
-        return across(target_C), max_C + jnp.log(sum_C), across(jnp.sum(logits_CV, axis=-1)) / num_words
+        mean_C = across(jnp.sum(of_words(logits_CV, 0.0), axis=-1)) / words.total
+        return across(target_C), max_C + jnp.log(sum_C), mean_C
 
     def pull_back(dweights: Any, chunk: tuple[Array, ...]) -> tuple[Any, Array | None]:
         """Returns `dweights` with a chunk's gradients of weight and bias added, and that of its hidden states."""

@@ -2,7 +2,7 @@
 
 Kernels that know only causal sequences get the branches of the shared rows: around attention alone, each pair's tokens
 are gathered into `[trunk chosen]` and `[trunk rejected]`, and the outputs are gathered back. The others get the rows'
-own mask. Every kernel sees one device's rows and heads.
+own mask. Every kernel, and XLA's attention too, sees one device's rows and heads.
 Shapes: B rows, T tokens of a row, S pair slots, R = 2S branches, E places of a row's branches, N query heads,
 K key/value heads, G = N / K, H head size.
 """
@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from orpo_jax import attention
 from orpo_jax.packing import Rows
-from orpo_jax.sharding import BATCH_AXES
+from orpo_jax.sharding import BATCH_AXES, HEAD_AXES, parts
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
@@ -120,7 +120,7 @@ def row_attention_of(backend: str, rows: Rows, *, branch_length: int | None = No
     T = rows.ids.shape[1]
     match backend:
         case "xla":
-            return attention.row_attention(rows.positions, rows.q_end, softcap)
+            return _xla(rows, softcap)
         case "cudnn":
             return _cudnn(rows, branch_length or T, "xla" if interpret else "cudnn")
         case "cudnn_mask":
@@ -220,6 +220,18 @@ collapse.defvjp(lambda x_BE, expansion: (collapse(x_BE, expansion), expansion),
 
 
 # The back ends
+
+
+def _xla(rows: Rows, softcap: float | None) -> Attend:
+    """Returns XLA's attention, under the rows' own mask."""
+    def kernel(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, q_end_BT: Array,
+               window: Array | int | None) -> Array:
+        return attention.row_attention(positions_BT, q_end_BT, softcap)(q_BTNH, k_BTKH, v_BTKH, window, None)[0]
+
+    def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | int | None, cache: Any) -> tuple[Array, Any]:
+        return _on_devices(kernel, q_BTNH, k_BTKH, v_BTKH, rows.positions, rows.q_end, window), cache
+
+    return call
 
 
 def _cudnn(rows: Rows, branch_length: int, implementation: str) -> Attend:
@@ -369,14 +381,29 @@ def _sharded(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
 
 
 def _on_devices(kernel: Callable, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *of_rows: Any) -> Array:
-    """Returns kernel(q, k, v, *of_rows), where each device has its own rows and, under `tensor`, its own heads."""
+    """Returns kernel(q, k, v, *of_rows), where each device has its own rows and heads, and all tokens of those rows.
+
+    Along `sequence`, devices come with some tokens of all heads, and trade them for all tokens of some heads
+    (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509): every kernel runs as it does without.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    N, K = q_BTNH.shape[2], k_BTKH.shape[2]
-    heads = P(BATCH_AXES, None, "tensor" if N % tensor == 0 else None)
-    if N % tensor == 0 and K % tensor:
+    if mesh.empty:
+        return kernel(q_BTNH, k_BTKH, v_BTKH, *of_rows)
+    N, K, splits = q_BTNH.shape[2], k_BTKH.shape[2], parts(mesh.shape, HEAD_AXES)
+    by_head = N % splits == 0
+    assert by_head or mesh.shape["sequence"] == 1
+    if by_head and K % splits:
         # Too few key/value heads to go round: as many copies of each as it takes.
-        copies = math.lcm(K, tensor) // K
+        copies = math.lcm(K, splits) // K
         k_BTKH, v_BTKH = jnp.repeat(k_BTKH, copies, axis=2), jnp.repeat(v_BTKH, copies, axis=2)
-    in_specs = (heads, heads, heads, *[P(BATCH_AXES)] * len(of_rows))
-    return _sharded(kernel, in_specs, heads)(q_BTNH, k_BTKH, v_BTKH, *of_rows)
+    trade = partial(jax.lax.all_to_all, axis_name="sequence", tiled=True)
+
+    def on_device(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *of_rows: Any) -> Array:
+        if mesh.shape["sequence"] == 1:
+            return kernel(q_BTNH, k_BTKH, v_BTKH, *of_rows)
+        whole_rows = (trade(x, split_axis=2, concat_axis=1) for x in (q_BTNH, k_BTKH, v_BTKH))
+        return trade(kernel(*whole_rows, *of_rows), split_axis=1, concat_axis=2)
+
+    by_token = P(BATCH_AXES, "sequence", "tensor" if by_head else None)
+    in_specs = (by_token, by_token, by_token, *jax.tree.map(lambda x: P(BATCH_AXES) if jnp.ndim(x) else P(), of_rows))
+    return _sharded(on_device, in_specs, by_token)(q_BTNH, k_BTKH, v_BTKH, *of_rows)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from orpo_jax import experts, kernels
+from orpo_jax import embedding, experts, kernels
 from orpo_jax import rope as rope_lib
 from orpo_jax.sharding import shard_rows
 
@@ -301,11 +301,11 @@ class Decoder(nnx.Module):
         """
         spec = self.spec
         assert self.embed is not None
-        x_BTD = self.embed[...][ids_BT].astype(self.dtype)
+        x_BTD = embedding.lookup(self.embed[...], ids_BT, self.dtype)
         if spec.embed_scale != 1:
             x_BTD *= jnp.asarray(spec.embed_scale, self.dtype)
         if self.positions is not None:
-            x_BTD += self.positions[...][positions_BT + spec.position_offset].astype(self.dtype)
+            x_BTD += embedding.lookup(self.positions[...], positions_BT + spec.position_offset, self.dtype, "pd")
         x_BTD = shard_rows(x_BTD)
         rotation, rotations_L = rope_lib.rotations(spec.ropes, positions_BT)
         graph, weights_L = nnx.split(self.layers)

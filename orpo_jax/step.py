@@ -15,6 +15,7 @@ from orpo_jax.data import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.model import Spec
 from orpo_jax.packing import Rows
+from orpo_jax.sharding import names, parts, spec_entry, within
 from orpo_jax.weights import Params, make_graph
 
 Array = jax.Array
@@ -43,8 +44,8 @@ def choose_attention(name: str, platform: str, spec: Spec, dtype: Any, row_lengt
 def state_shardings(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns the sharding of every array of the state.
 
-    What lies at a parameter's path and has as many axes, such as moments and scales of blocks, is split as the
-    parameter is, along each axis that divides; the rest is everywhere.
+    What lies at a parameter's path is split as the parameter is: moments, scales of blocks, and factors, which lack one
+    of its axes. What can't lie along its own axis lies along another that divides. The rest is everywhere.
     """
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_path = flatten(params)
@@ -53,14 +54,33 @@ def state_shardings(params: Params, optimizer: optax.GradientTransformation, mes
         keys = [str(key.key) for key in key_path if isinstance(key, jax.tree_util.DictKey)]
         for start in range(len(keys)):
             param = by_path.get("/".join(keys[start:]))
-            if param is not None and param.ndim == leaf.ndim:
-                spec = [axis if axis and size % mesh.shape[axis] == 0 else None
-                        for axis, size in zip(param.sharding.spec, leaf.shape, strict=True)]
-                return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+            if param is not None:
+                spec = _spec_like(mesh, leaf.shape, param)
+                return whole if spec is None else jax.sharding.NamedSharding(mesh, spec)
         return whole
 
     opt_state = jax.tree_util.tree_map_with_path(like_param, jax.eval_shape(optimizer.init, params))
     return TrainState(whole, jax.tree.map(lambda param: param.sharding, params), opt_state)
+
+
+def _spec_like(mesh: jax.sharding.Mesh, shape: Sequence[int], param: jax.ShapeDtypeStruct
+               ) -> jax.sharding.PartitionSpec | None:
+    """Returns how to split what has all axes of a parameter, or all but one of them; None for anything else."""
+    spec = [*param.sharding.spec, *[None] * (param.ndim - len(param.sharding.spec))]
+    if len(shape) == param.ndim - 1:
+        left = [at for at in range(param.ndim) if [*param.shape[:at], *param.shape[at + 1:]] == [*shape]]
+        if not left:
+            return None
+        del spec[left[0]]
+    if len(shape) != len(spec):
+        return None
+    placed = [list(within(mesh.shape, names(entry), size)) for entry, size in zip(spec, shape, strict=True)]
+    for axis in (axis for entry in param.sharding.spec for axis in names(entry)):
+        room = [(size // parts(mesh.shape, axes), axes) for size, axes in zip(shape, placed, strict=True)
+                if size % parts(mesh.shape, [*axes, axis]) == 0]
+        if room and not any(axis in axes for axes in placed):
+            max(room, key=lambda size_and_axes: size_and_axes[0])[1].append(axis)
+    return jax.sharding.PartitionSpec(*map(spec_entry, placed))
 
 
 def abstract_state(params: Params, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from orpo_jax import embedding
 from orpo_jax.attention import visible
 from orpo_jax.model import REMAT, Linear, Mlp, Norm, Param, Spec
 from orpo_jax.sharding import shard_rows
@@ -196,7 +197,7 @@ class EncoderDecoder(nnx.Module):
 
     def _embedded(self, ids_BT: Array) -> Array:
         assert self.embed is not None
-        return shard_rows(self.embed[...][ids_BT].astype(self.dtype))
+        return shard_rows(embedding.lookup(self.embed[...], ids_BT, self.dtype))
 
     def _distance_bias(self, table: nnx.Param | None, queries_BT: Array, keys_BK: Array, both_ways: bool) -> Array:
         """Returns the float32 bias of each head, query and key [B, N, T, K], from their positions."""

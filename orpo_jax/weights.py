@@ -26,10 +26,10 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from orpo_jax import sharding
 from orpo_jax.families import Architecture, Weight, flatten, nest
 from orpo_jax.metrics import Progress
 from orpo_jax.model import NORMS
-from orpo_jax.sharding import weight_sharding
 
 Params = dict[str, Any]
 
@@ -41,13 +41,38 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 
 
 def abstract_params(arch: Architecture, dtype: Any = jnp.float32, mesh: jax.sharding.Mesh | None = None) -> Params:
-    """Returns shapes, dtype and, given a mesh, shardings of the parameters."""
+    """Returns shapes, dtype and, given a mesh, shardings of the parameters; ValueError lists how it does not fit."""
+    if mesh is not None:
+        check_mesh(mesh.shape, arch)
+
     def leaf(weight: Weight) -> jax.ShapeDtypeStruct:
         shape = weight.shape(arch.spec.sizes)
-        sharding = weight_sharding(mesh, weight.path, weight.axes, shape) if mesh is not None else None
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        if mesh is None:
+            return jax.ShapeDtypeStruct(shape, dtype)
+        spec = sharding.weight_spec(mesh, weight.axes, shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
 
     return nest({weight.path: leaf(weight) for weight in arch.table})
+
+
+def check_mesh(mesh_sizes: Mapping[str, int], arch: Architecture) -> None:
+    """Raises a ValueError that lists every rule which a mesh breaks for a model."""
+    sizes, heads, field_of = arch.spec.sizes, arch.spec.num_heads, arch.field_of
+    problems = sharding.problems(mesh_sizes, [(weight.path, weight.axes, weight.shape(sizes)) for weight in arch.table],
+                                 {letter: field_of(letter) for letter in sizes})
+    tensor, sequence = (mesh_sizes[axis] for axis in sharding.HEAD_AXES)
+    if sequence > 1 and arch.encodes:
+        problems.append("mesh.sequence: must be 1 for an encoder-decoder, whose attention needs whole rows, got "
+                        f"{sequence}; choose mesh.fsdp or mesh.data in its place")
+    elif sequence > 1 and heads % tensor == 0 and heads % (tensor * sequence):
+        choices = ", ".join(str(n) for n in range(1, heads + 1) if heads // tensor % n == 0)
+        problems.append(f"mesh.tensor * mesh.sequence: must divide {field_of('n')} of config.json, since both split "
+                        f"heads, which is {heads}, got {tensor} * {sequence}; choose mesh.sequence from {choices}")
+    if 64 % sequence:
+        problems.append(f"mesh.sequence: must divide 64, as rows are multiples of that, got {sequence}; choose a power "
+                        "of two")
+    if problems:
+        raise ValueError("; and ".join(problems))
 
 
 def make_graph(arch: Architecture) -> nnx.GraphDef:

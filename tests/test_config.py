@@ -356,7 +356,8 @@ def test_the_resolved_config_is_frozen():
 # Each module imports from those before it only.
 ORDER = [
     "config", "packing", "loss", "sharding", "rope", "card", "adam8bit", "standin",
-    "attention", "kernels", "experts", "head", "model", "t5", "preference", "optim", "checkpoint", "metrics",
+    "attention", "kernels", "experts", "embedding", "head", "model", "t5", "preference", "optim", "checkpoint",
+    "metrics",
     "families", "flops", "generate", "pretrained", "data", "evaluate", "rundir",
     "weights", "step", "program", "api",
     "train", "convert", "compile",

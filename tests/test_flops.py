@@ -44,9 +44,7 @@ def compiled_flops(arch, loss_of_hidden, ids, positions, attend):
         hidden_BTD, _, _ = module(ids, positions, attend, unroll=True)
         return loss_of_hidden(head.logits(hidden_BTD, *module.unembedding()))
 
-    params = jax.tree.map(lambda weight: jax.ShapeDtypeStruct(weight.shape, jnp.float32), weights.abstract_params(
-        arch, jnp.float32, jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])))
-    return jax.jit(jax.grad(run)).lower(params).compile().cost_analysis()["flops"]
+    return jax.jit(jax.grad(run)).lower(weights.abstract_params(arch)).compile().cost_analysis()["flops"]
 
 
 def logps_of(logits_BTV, targets_BT):

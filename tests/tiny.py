@@ -53,6 +53,8 @@ def make_tokenizer(*, bos: str | None = "<bos>", eos: str | None = "<eos>", pad:
 
 
 def config_of(model_type: str = "llama", **changes: Any) -> dict[str, Any]:
+    if model_type == "gemma2":
+        return family_config(model_type, **changes)
     config = {**LLAMA, "vocab_size": 408, "model_type": model_type}
     if model_type != "llama":
         config = {key: value for key, value in config.items() if key not in ("attention_bias", "mlp_bias")}

@@ -34,7 +34,7 @@ class Trial:
         self.pairs.tail = int(coef > 0)
         self.arch, self.coef = architecture(base.config, 64), coef
 
-    def step(self, mesh_sizes=(1, 1, 1), *, rows_per_device=1, steps=1, remat="none", optimizer=None, chunks=None,
+    def step(self, mesh_sizes=(1,), *, rows_per_device=1, steps=1, remat="none", optimizer=None, chunks=None,
              dtype=jnp.float32, **data_changes):
         """Returns the metrics of the last step, its gradients, the jitted step and its number of micro-batches.
 
