@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from orpo_jax.sharding import BATCH_AXES
+from orpo_jax.sharding import BATCH_AXES, parts
 
 Array = jax.Array
 Weights = tuple[Array, Array, Array]  # gate and up [X, D, E], down [X, D, E]
@@ -66,6 +66,10 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
     mesh: Any = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return run(0, x_BTD, weights_BTC, chosen_BTC, experts)
+    B, T, _ = x_BTD.shape
+    # A few rows to go on from, which the mesh may not divide, are filled up with tokens that weigh nothing.
+    fill = ((0, -B % parts(mesh.shape, BATCH_AXES)), (0, -T % mesh.shape["sequence"]), (0, 0))
+    x_BTD, weights_BTC, chosen_BTC = (jnp.pad(x, fill) for x in (x_BTD, weights_BTC, chosen_BTC))
     axes = tuple(axis for axis in ("expert", "tensor") if mesh.shape[axis] > 1)
     by_token, by_expert = P(BATCH_AXES, "sequence"), P("expert", None, "tensor")
 
@@ -83,7 +87,7 @@ def mix(activation: Callable[[Array], Array], x_BTD: Array, weights_BTC: Array, 
         return y_BTD
 
     return jax.shard_map(on_device, mesh=mesh, in_specs=(by_token,) * 3 + ((by_expert,) * 3,),
-                         out_specs=by_token, check_vma=False)(x_BTD, weights_BTC, chosen_BTC, experts)
+                         out_specs=by_token, check_vma=False)(x_BTD, weights_BTC, chosen_BTC, experts)[:B, :T]
 
 
 def _on_device(activation: Callable[[Array], Array], unroll: bool, first: Any, x_BTD: Array, weights_BTC: Array,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -69,3 +70,17 @@ def test_the_whole_step_compiles(attention, backward):
     (several,) = programs(attention, *args, "--rows-per-step", str(4 * rows), "--remats", "full")
     weights = words * width + layers * layer_weights
     assert several["temporaries"] - full["temporaries"] > 0.9 * 4 * weights / 4
+
+
+def test_a_long_row_over_chips():
+    """A row of 4,096 tokens on one chip, and over four: attention is the kernel, and all else is a quarter."""
+    layers, length, width = 2, 4096, 2048
+    args = ("step", "--topologies", "v5e:2x2", "--meshes", "1", "1,1,1,1,4", "--row-length", str(length), "--rows", "1",
+            "--rows-per-step", "1", "--remats", "attention", "--model", "llama-1b", "--model-changes",
+            json.dumps({"num_hidden_layers": layers, "vocab_size": 32768}))
+    one, four = programs("tokamax", *args)
+    assert one["kernels"] == four["kernels"] == 2
+    assert four["temporaries"] < 0.33 * one["temporaries"] and four["arguments"] < 0.26 * one["arguments"]
+    # Whole rows of hidden states come together in the head alone, one at a time.
+    whole = [shape for shape in four["gathers"] if re.search(rf"\b{length}\b", shape)]
+    assert whole == [f"bf16[1,{length},{width}]"], four["gathers"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trial import Trial, assert_same
 
-from orpo_jax import experts
+from orpo_jax import experts, sharding
 
 SIZES = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8, intermediate_size=64)
 
@@ -102,6 +102,15 @@ def test_experts_on_several_devices(trial, expected, mesh, micro_batches):
     got = trial.step(mesh, packing=False, row_length=128, rows_per_device=24 // shards // micro_batches)
     assert got[3] == micro_batches
     assert_same(got, expected)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=4, expert=2), dict(tensor=4, sequence=2)], ids=str)
+def test_rows_that_a_mesh_does_not_divide(sizes):
+    """Samples are a few rows, a token at a time."""
+    case = make_case(4, 2, 5, D=8, E=12)
+    with jax.set_mesh(sharding.make_mesh(sizes)):
+        got = jax.device_get(MIX(*case))
+    np.testing.assert_allclose(got, every_expert(*case), rtol=1e-4, atol=1e-4)
 
 
 def test_the_balance_loss_has_a_gradient(trial):

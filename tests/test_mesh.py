@@ -210,8 +210,7 @@ def test_a_mesh_that_does_not_fit_is_told_every_rule_at_once():
 
 @pytest.mark.parametrize(("config", "mesh", "words"), [
     (tiny.config_of(), (1, 16, 1, 1, 4), ["mesh.fsdp * mesh.sequence", "hidden_size", "which is 32, got 16 * 4"]),
-    (tiny.config_of(), (1, 1, 2, 1, 4),
-     ["mesh.tensor * mesh.sequence", "num_attention_heads", "which is 4", "from 1, 2"]),
+    (tiny.config_of(), (1, 1, 2, 1, 4), ["mesh.tensor * mesh.sequence", "num_attention_heads", "is 4", "from 1, 2"]),
     (tiny.config_of(hidden_size=48), (1, 1, 1, 1, 3), ["mesh.sequence", "must divide 64", "power of two"]),
     (tiny.T5, (1, 1, 1, 1, 2), ["mesh.sequence", "encoder-decoder", "mesh.fsdp"]),
     (tiny.T5, (1, 1, 8), ["mesh.tensor", "num_heads of config.json", "which is 4"]),

@@ -7,7 +7,8 @@
 
 arguments, temporaries, aliased and needed (all that a step must hold): bytes per chip; of a program that does not fit,
 the compiler says only what it would use. kernels: the calls of Pallas kernels in the text, where a scan over layers
-counts once. scatters: what is scattered beside the gradient of the embedding.
+counts once. scatters: what is scattered beside the gradient of the embedding. gathers: what is gathered of other chips,
+in bfloat16.
 """
 
 import argparse
@@ -124,11 +125,13 @@ def compile_one(lower: Any, mesh: Mesh, embed_shape: tuple[int, ...] = ()) -> di
         return {"fits": False, "needed": str(error)}
     memory, text = compiled.memory_analysis(), compiled.as_text()
     scatters = re.findall(r"= \(?(\w+\[[\d,]*\])[^=]* scatter\(", text)
+    gathers = re.findall(r"= (bf16\[[\d,]+\])[^=]* all-gather\(", text)
     embedding = f"f32[{','.join(map(str, embed_shape))}]"
     return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
             "aliased": memory.alias_size_in_bytes, "needed": step_lib.bytes_needed(compiled), "fits": True,
             "kernels": compile_lib.kernel_calls(text),
             "scatters": sorted({scatter for scatter in scatters if scatter != embedding}),
+            "gathers": sorted(set(gathers)),
             "seconds": round(time.time() - start)}
 
 
@@ -165,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("program", choices=("step", "trl", "attention"))
     parser.add_argument("--topologies", nargs="+", default=TOPOLOGIES)
-    parser.add_argument("--meshes", nargs="+", default=[(1, 1, 1)], help="data,fsdp,tensor,expert",
+    parser.add_argument("--meshes", nargs="+", default=[(1, 1, 1)], help=",".join(sharding.MESH_AXES),
                         type=lambda text: tuple(map(int, text.split(","))))
     parser.add_argument("--attention", default="auto", help="as model.attention")
     parser.add_argument("--remats", nargs="+", default=["full"], choices=REMAT)
