@@ -42,14 +42,14 @@ from orpo_jax.sharding import make_mesh
 
 GIB = 2**30
 # What a program may hold on one device, by its kind: as libtpu's compiler says where it refuses one ("exceeds available
-# HBM"), which is what a chip of the data sheet has less what the system keeps: 16 GB for v5e, 95 for v5p, 32 for v6e,
-# 32 for v4, 192 for TPU7x (cloud.google.com/tpu/docs/v5e and its sisters).
+# HBM"). The data sheets (cloud.google.com/tpu/docs/v5e and its sisters) have 16 GB for v5e, 95 for v5p and 32 for v6e.
+# Of v2 to v4 and TPU7x, libtpu compiles for half a chip as one device, where a v4 that runs is one.
 HBM = {"TPU v5 lite": 15.75 * GIB, "TPU v5": 95.74 * GIB, "TPU v6 lite": 31.25 * GIB, "TPU v4": 15.25 * GIB,
        "TPU v3": 15.48 * GIB, "TPU v2": 7.48 * GIB, "TPU7x": 94.75 * GIB}
-# Slices that Google Cloud rents out, by chips. (v5p and v4 come in many more shapes.)
+# Slices that Google Cloud rents out, the smallest first (of v5p there are many more shapes).
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16")
-SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES, "v4": CUBES}
+SLICES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES}
 # Chips to a host unless told otherwise: libtpu takes smaller slices only if told.
 HOST_CHIPS = 4
 

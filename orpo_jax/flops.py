@@ -13,9 +13,10 @@ from orpo_jax.t5 import EncoderDecoderSpec
 
 # Dense bfloat16 FLOP/s of one chip (not of one core), by a part of its name: the first that fits. Sources: Google
 # Cloud's pages of TPU v4, v5e, v5p and v6e; NVIDIA's data sheets.
-PEAK_FLOPS = {"v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v6 lite": 918e12, "v6e": 918e12,
-              "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12,
-              "L4": 121e12}
+# (A v5p calls itself "TPU v5".)
+PEAK_FLOPS = {"v4": 275e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "TPU v5": 459e12,
+              "v6 lite": 918e12, "v6e": 918e12, "A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12,
+              "B200": 2250e12, "L40S": 362e12, "L4": 121e12}
 
 
 def peak_flops(device_kind: str) -> float | None:
