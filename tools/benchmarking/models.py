@@ -15,8 +15,8 @@ def _llama(vocab: int, d: int, layers: int, heads: int, kv: int, head: int, mlp:
             "rope_theta": 500000.0, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1, **more}
 
 
-def _qwen2(vocab: int, d: int, layers: int, heads: int, kv: int, mlp: int) -> dict[str, Any]:
-    llama = _llama(vocab, d, layers, heads, kv, d // heads, mlp, rope_theta=1e6, rms_norm_eps=1e-6)
+def _qwen2(vocab: int, d: int, layers: int, heads: int, kv: int, mlp: int, **more: Any) -> dict[str, Any]:
+    llama = _llama(vocab, d, layers, heads, kv, d // heads, mlp, **{"rope_theta": 1e6, "rms_norm_eps": 1e-6, **more})
     del llama["head_dim"]
     return llama | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
 
@@ -35,6 +35,8 @@ SHAPES = {
     "qwen2-1.5b": _qwen2(151936, 1536, 28, 12, 2, 8960),
     "llama-3b": _llama(128256, 3072, 28, 24, 8, 128, 8192),
     "llama-8b": _llama(128256, 4096, 32, 32, 8, 128, 14336, tie_word_embeddings=False),
+    "qwen2.5-32b": _qwen2(152064, 5120, 64, 40, 8, 27648, tie_word_embeddings=False),
+    "llama-70b": _llama(128256, 8192, 80, 64, 8, 128, 28672, tie_word_embeddings=False),
 }
 
 
