@@ -7,9 +7,15 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from orpo_jax import compile as compile_lib
+from orpo_jax import step as step_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 WIDTH, MLP, WORDS, HEADS, HEAD = 256, 384, 512, 4, 64
@@ -82,6 +88,38 @@ def test_a_tpu_slice(folder):
     assert report["kernels"] == 4 and "attention xla" not in report["step"]
     assert {"all-gather", "all-reduce"} <= set(report["collectives"])
     assert "stand-in pairs" in report["rows"]
+
+
+def test_bytes_of_a_tpu_are_those_by_which_it_refuses():
+    """A head's weight over four chips, its gradient whole on each, and a sum of it: small, and too large by far."""
+    needs_libtpu()
+    mesh = Mesh(np.array(compile_lib.topology_devices("v5e:2x2")), ("x",))
+    rows, width = 4, 1024
+
+    def on_device(hidden_BTD, weight_VD):
+        whole_VD = jax.lax.all_gather(weight_VD, "x", axis=1, tiled=True)
+
+        def add_row(sum_VD, hidden_TD):
+            return sum_VD + jnp.einsum("tv,td->vd", jax.nn.softmax(hidden_TD @ whole_VD.T), hidden_TD), None
+
+        def add_pass(i, sum_VD):
+            grad_VD, _ = jax.lax.scan(add_row, jnp.zeros_like(whole_VD), hidden_BTD * i)
+            return sum_VD + jax.lax.psum_scatter(grad_VD, "x", scatter_dimension=1, tiled=True)
+
+        return jax.lax.fori_loop(0, rows, add_pass, jnp.zeros_like(weight_VD))
+
+    def compiled(words):
+        by_second = P(None, "x")
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, by_second))
+                for shape in ((rows, 256, width), (words, width))]
+        return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=by_second, out_specs=by_second,
+                                     check_vma=False)).lower(*args).compile()
+
+    words, times = 2**15, 64
+    need = step_lib.bytes_needed(compiled(words))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refusal:
+        compiled(times * words)
+    assert compile_lib._bytes_asked(str(refusal.value)) == pytest.approx(times * need, rel=0.02)
 
 
 def test_this_machine_as_eight_devices(folder):
