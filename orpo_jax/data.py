@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -314,7 +315,7 @@ def _tokenised(source: Source, encoder: Encoder) -> pa.Table:
     file = CACHE / "tokenised" / f"{key}.arrow"
     if not _readable(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{key}.{os.getpid()}.tmp")
+        temporary = file.with_name(f"{key}.{uuid.uuid4().hex}.tmp")  # several hosts may share a home
         try:
             _tokenise_to(temporary, source, encoder, config.dataset_num_proc or 1)
             temporary.rename(file)
@@ -703,7 +704,7 @@ def to_devices(batch: StepBatch, mesh: jax.sharding.Mesh) -> StepBatch:
             return jax.make_array_from_callback((), sharding, lambda _: x)
         per_shard = x.shape[1] // len(own)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             at = own.index((index[1].start or 0) // per_shard) * per_shard
             return x[:, at:at + per_shard]
 

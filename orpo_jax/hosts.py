@@ -8,7 +8,6 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 import contextlib
 import json
 import os
-import pathlib
 import signal
 import socket
 import sys
@@ -16,14 +15,16 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
 
 import jax
+from etils import epath
+
 # What `jax.distributed` keeps to itself: who the processes are before they are connected, and the store of short texts
 # through which they can say what is wrong where no array can be exchanged.
 from jax._src.clusters import ClusterEnv
-from jax._src.distributed import global_state
+from jax._src.distributed import runtime as runtime
 from jax.experimental import multihost_utils
 
 from orpo_jax.metrics import log, set_up_logging
@@ -116,8 +117,8 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> list[str]
     else:
         answer = _report(host.strip("[]"), int(port), {"index": index, "count": count, "host": here}, deadline)
         if answer is None:
-            raise ValueError(f"--coordinator_address: process 0 must answer at {address} within {timeout:.0f} s, and did "
-                             "not; is it running, and is the port open to this host?")
+            raise ValueError(f"--coordinator_address: process 0 must answer at {address} within {timeout:.0f} s, and "
+                             "did not; is it running, and is the port open to this host?")
     if "problem" in answer:
         raise ValueError(answer["problem"])
     return answer["names"]
@@ -148,8 +149,8 @@ def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
                     continue
                 waiting.append(connection)
                 if other != count:
-                    problem = (f"--num_processes: must be the same on all, got {count} on process 0 ({here}) and {other} "
-                               f"on process {index} ({name})")
+                    problem = (f"--num_processes: must be the same on all, got {count} on process 0 ({here}) and "
+                               f"{other} on process {index} ({name})")
                 elif index in came:
                     problem = (f"--process_id: must differ, got {index} on {came[index]} and on {name}; number the "
                                f"processes from 0 to {count - 1}")
@@ -194,13 +195,18 @@ def _listed(indices: list[int]) -> str:
 
 def several() -> bool:
     """Returns whether this run has more than one process."""
-    return global_state.client is not None and global_state.num_processes > 1
+    return runtime.client is not None and runtime.num_processes > 1
 
 
 def me() -> str:
-    return f"process {global_state.process_id} ({socket.gethostname()})"
+    return f"process {runtime.process_id} ({socket.gethostname()})"
 
 
+def _store() -> Any:
+    return runtime.client
+
+
+T = TypeVar("T")
 _exchanges = 0
 
 
@@ -211,16 +217,21 @@ def exchange(value: Any) -> list[Any]:
     global _exchanges
     _exchanges += 1
     key, deadline = f"orpo_jax/exchange/{_exchanges}", time.monotonic() + AGREE_SECONDS
-    global_state.client.key_value_set(f"{key}/{global_state.process_id}", json.dumps(value))
+    _store().key_value_set(f"{key}/{runtime.process_id}", json.dumps(value))
     values = []
-    for index in range(global_state.num_processes):
+    for index in range(runtime.num_processes):
         left = max(1, int(1000 * (deadline - time.monotonic())))
         try:
-            values.append(json.loads(global_state.client.blocking_key_value_get(f"{key}/{index}", left)))
+            values.append(json.loads(_store().blocking_key_value_get(f"{key}/{index}", left)))
         except jax.errors.JaxRuntimeError as error:
             raise ValueError(f"--num_processes: process {index} must come as far as the others within "
                              f"{AGREE_SECONDS} s, and did not ({str(error).splitlines()[0]})") from error
     return values
+
+
+def told_by_first(question: Callable[[], T]) -> T:
+    """Returns in every process what process 0 finds."""
+    return exchange(question() if jax.process_index() == 0 else None)[0]
 
 
 def agree(what: Mapping[str, Any]) -> None:
@@ -239,12 +250,13 @@ def agree(what: Mapping[str, Any]) -> None:
         raise ValueError("; ".join(problems))
 
 
-def check_shared(folder: pathlib.Path, key: str) -> None:
-    """Raises a ValueError in every process unless all of them see the same folder, which must exist for process 0."""
+def check_shared(folder: epath.Path, key: str) -> None:
+    """Raises a ValueError in every process unless all of them see the same folder, which process 0 makes."""
     if not several():
         return
     token, file = str(uuid.uuid4()), folder / ".shared"
-    if global_state.process_id == 0:
+    if runtime.process_id == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         file.write_text(token)
     token = exchange(token)[0]
     try:
@@ -252,11 +264,11 @@ def check_shared(folder: pathlib.Path, key: str) -> None:
     except OSError:
         seen = False
     blind = [i for i, sees in enumerate(exchange(seen)) if not sees]
-    if global_state.process_id == 0:
+    if runtime.process_id == 0:
         file.unlink()
     if blind:
-        raise ValueError(f"{key}: must be a folder that every host sees, got {str(folder)!r}, in which {_listed(blind)} "
-                         "can't see what process 0 writes; choose one on a shared file system")
+        raise ValueError(f"{key}: must be a folder that every host sees, got {str(folder)!r}, in which "
+                         f"{_listed(blind)} can't see what process 0 writes; choose one on a shared file system")
 
 
 # Stopping and failing
@@ -268,19 +280,27 @@ class Stop:
     def __init__(self):
         self.asks = 0
         self.told = False
-        # With several processes JAX's preemption service takes the signal, and settles where all of them stop.
-        if global_state.client is None and threading.current_thread() is threading.main_thread():
+        # Among several processes JAX's preemption service takes the signal, and settles where all of them stop.
+        self.connected = runtime.client is not None
+        if not self.connected and threading.current_thread() is threading.main_thread():
             self.before: Any = signal.signal(signal.SIGTERM, self._tell)
 
     def _tell(self, *_: Any) -> None:
         self.told = True
+        if not self.asks:
+            self.check()
 
     def asked(self) -> bool:
         """Returns the same answer in every process; each must ask equally often. Once True, a run has to stop."""
         self.asks += 1
-        if global_state.client is not None:
-            self.told = self.told or multihost_utils.reached_preemption_sync_point(self.asks)
+        if self.connected and not self.told:
+            self.told = multihost_utils.reached_preemption_sync_point(self.asks)
         return self.told
+
+    def check(self) -> None:
+        """Raises Preempted if told to stop; to be called where nothing is to be saved."""
+        if self.told or (self.connected and self.asked()):
+            raise Preempted("stopped before a step was taken; the same command starts again")
 
     def __enter__(self) -> "Stop":
         return self
@@ -308,7 +328,7 @@ def failing_together() -> Iterator[None]:
         plain = isinstance(error, (ValueError, KeyboardInterrupt))
         text = (str(error) or "interrupted") if plain else f"{type(error).__name__}: {error}"
         with contextlib.suppress(Exception):  # the first one to fail is in the store already, or the store is gone
-            global_state.client.key_value_set(_FAILED, f"{me()}: {text}")
+            _store().key_value_set(_FAILED, f"{me()}: {text}")
         if not plain:
             traceback.print_exception(error)
         _exit(f"error: {text}", LAST_WORDS_SECONDS)
@@ -317,7 +337,7 @@ def failing_together() -> Iterator[None]:
 def _watch() -> None:
     while True:
         try:
-            text = global_state.client.blocking_key_value_get(_FAILED, 10_000)
+            text = _store().blocking_key_value_get(_FAILED, 10_000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue
@@ -325,7 +345,7 @@ def _watch() -> None:
         except AttributeError:  # it has shut down
             return
         if _last_words.acquire(blocking=False):
-            _exit(f"error: {text}", LAST_WORDS_SECONDS if global_state.process_id == 0 else 0)
+            _exit(f"error: {text}", LAST_WORDS_SECONDS if runtime.process_id == 0 else 0)
         return
 
 
