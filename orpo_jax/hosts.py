@@ -5,6 +5,7 @@ are; elsewhere each is told, by `--coordinator_address HOST:PORT --num_processes
 JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -24,7 +25,7 @@ from etils import epath
 # What `jax.distributed` keeps to itself: who the processes are before they are connected, and the store of short texts
 # through which they can say what is wrong where no array can be exchanged.
 from jax._src.clusters import ClusterEnv
-from jax._src.distributed import runtime as runtime
+from jax._src.distributed import global_state as runtime
 from jax.experimental import multihost_utils
 
 from orpo_jax.metrics import log, set_up_logging
@@ -36,7 +37,7 @@ JOIN_SECONDS = 300
 # How long the others may take to read and tokenise the data, say. One that dies meanwhile is noticed much earlier.
 AGREE_SECONDS = 3600
 # How long a process that fails stays, so that the others can read why: process 0 takes the store with it.
-LAST_WORDS_SECONDS = 3.0
+LAST_WORDS_SECONDS, WATCH_SECONDS = 3.0, 1.0
 
 
 class Preempted(SystemExit):
@@ -77,7 +78,10 @@ def join(args: list[str]) -> list[str]:
         raise ValueError(f"--process_id: must be from 0 to {count - 1}, since there are {count} processes, got {index}")
     names = roll_call(address, count, index, timeout)
     jax.distributed.initialize(address, count, index, local, initialization_timeout=timeout)
-    threading.Thread(target=_watch, daemon=True).start()
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
+    watch.start()
+    atexit.register(lambda: (ended.set(), watch.join()))
     set_up_logging()
     log.info("%d processes joined, on %s", count, ", ".join(dict.fromkeys(names)))
     return rest
@@ -334,16 +338,13 @@ def failing_together() -> Iterator[None]:
         _exit(f"error: {text}", LAST_WORDS_SECONDS)
 
 
-def _watch() -> None:
-    while True:
+def _watch(ended: threading.Event) -> None:
+    # It looks, and does not wait in the store: a thread that is there when Python ends takes the process with it.
+    while not ended.wait(WATCH_SECONDS):
         try:
-            text = _store().blocking_key_value_get(_FAILED, 10_000)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                continue
-            return  # the runtime is shutting down
-        except AttributeError:  # it has shut down
-            return
+            text = _store().key_value_try_get(_FAILED)
+        except jax.errors.JaxRuntimeError:  # nobody failed; or the store is gone, and JAX's runtime ends this process
+            continue
         if _last_words.acquire(blocking=False):
             _exit(f"error: {text}", LAST_WORDS_SECONDS if runtime.process_id == 0 else 0)
         return

@@ -59,7 +59,8 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
 
 
 def _run(config: Config, train_rows: Rows | None, eval_rows: Rows | None,
-         optimizer: optax.GradientTransformation | None, on_step: Callable | None, stop: hosts.Stop) -> dict[str, float]:
+         optimizer: optax.GradientTransformation | None, on_step: Callable | None, stop: hosts.Stop
+         ) -> dict[str, float]:
     # The folder comes first: if it holds another run, nothing else may happen.
     folder = pathlib.Path(config.output_dir).expanduser()
     steps = checkpoint_folder(folder, config.checkpoint.folder)
