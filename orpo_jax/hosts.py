@@ -36,6 +36,8 @@ PREEMPTED = 75
 JOIN_SECONDS = 300
 # How long the others may take to read and tokenise the data, say. One that dies meanwhile is noticed much earlier.
 AGREE_SECONDS = 3600
+# After how long of silence a process counts as dead, and the others end: JAX's own default is 100.
+HEARTBEAT_SECONDS = 30
 # How long a process that fails stays, so that the others can read why: process 0 takes the store with it.
 LAST_WORDS_SECONDS, WATCH_SECONDS = 3.0, 1.0
 
@@ -77,7 +79,8 @@ def join(args: list[str]) -> list[str]:
     if not 0 <= index < count:
         raise ValueError(f"--process_id: must be from 0 to {count - 1}, since there are {count} processes, got {index}")
     names = roll_call(address, count, index, timeout)
-    jax.distributed.initialize(address, count, index, local, initialization_timeout=timeout)
+    jax.distributed.initialize(address, count, index, local, initialization_timeout=timeout,
+                               heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
     watch.start()

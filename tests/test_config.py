@@ -357,7 +357,7 @@ def test_the_resolved_config_is_frozen():
 ORDER = [
     "config", "packing", "loss", "sharding", "rope", "card", "adam8bit", "standin",
     "attention", "kernels", "experts", "embedding", "head", "model", "t5", "preference", "optim", "checkpoint",
-    "metrics",
+    "metrics", "hosts",
     "families", "flops", "generate", "pretrained", "data", "evaluate", "rundir",
     "weights", "step", "program", "api",
     "train", "convert", "compile",
