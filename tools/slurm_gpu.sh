@@ -10,26 +10,25 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
-# One process per GPU, as jax.distributed takes a Slurm job: process SLURM_PROCID of SLURM_NTASKS, with the one GPU of
-# number SLURM_LOCALID (jax/_src/clusters/cluster.py). So every process must see all GPUs of its node: --gpus-per-node,
-# not --gpus-per-task, which hides all but one. Other nodes: change both numbers together. (One process per node would
-# be --ntasks-per-node=1 and JAX_LOCAL_DEVICE_IDS=0,1,...)
+# One process per GPU, which is how JAX takes a Slurm job: process SLURM_PROCID of SLURM_NTASKS, with the GPU of number
+# SLURM_LOCALID alone (jax/_src/clusters). So each must see all GPUs of its node: --gpus-per-node, not --gpus-per-task,
+# which hides all but one. For nodes of another size change both numbers. One process per node works too, with
+# --ntasks-per-node=1 and the GPUs that it is to take in the environment: JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7.
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
-# Two minutes before the time is up, SIGTERM to the processes (without "B:", which would be to this script alone): they
-# save and exit with code 75.
+# Two minutes before the time is up, SIGTERM to the processes (with "B:" it would go to this script alone): they save
+# and exit with code 75.
 #SBATCH --signal=TERM@120
 #SBATCH --requeue
 
 # --kill-on-bad-exit=0: the first process that has saved and exits with 75 must not end those that still save.
 # --cpus-per-task again, because srun does not inherit it (since Slurm 22.05).
 srun --kill-on-bad-exit=0 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" python -m orpo_jax.train "$@"
-code=$?
+code=$? # the highest of all processes'
 
-# srun's code is the highest of all processes'. Only a run that saved is queued again, never one that failed; the same
-# command goes on from the newest checkpoint.
+# Only a run that saved is queued again, never one that failed; the same command goes on from the newest checkpoint.
 if [ "$code" -eq 75 ]; then
   echo "saved and stopped; job $SLURM_JOB_ID is queued again"
   scontrol requeue "$SLURM_JOB_ID"
