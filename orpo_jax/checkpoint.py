@@ -25,7 +25,9 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig | None = None):
-        self.folder = epath.Path(folder).absolute()
+        folder = epath.Path(folder)
+        # epath makes of gs://bucket a local path "gs:/bucket" if it is made absolute, which it is.
+        self.folder = folder if folder.is_absolute() else folder.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.save_total_limit if config else None, create=config is not None,
             cleanup_tmp_directories=config is not None)

@@ -64,7 +64,7 @@ def join(args: list[str]) -> list[str]:
             ("coordinator_address", "num_processes", "process_id")}
     count, index = (None if told[name] is None else _integer(told[name], name) for name in
                     ("num_processes", "process_id"))
-    address, count, index, local = ClusterEnv.auto_detect_unset_distributed_params(
+    address, count, index, _ = ClusterEnv.auto_detect_unset_distributed_params(
         told["coordinator_address"], count, index, None, None, timeout)
     known = {"coordinator_address": address, "num_processes": count, "process_id": index}
     if count == 1 or set(known.values()) == {None}:  # alone, with all devices that there are
@@ -79,7 +79,8 @@ def join(args: list[str]) -> list[str]:
     if not 0 <= index < count:
         raise ValueError(f"--process_id: must be from 0 to {count - 1}, since there are {count} processes, got {index}")
     names = roll_call(address, count, index, timeout)
-    jax.distributed.initialize(address, count, index, local, initialization_timeout=timeout,
+    # It finds out by itself which devices are this process's: JAX_LOCAL_DEVICE_IDS, or on Slurm the one of its number.
+    jax.distributed.initialize(address, count, index, initialization_timeout=timeout,
                                heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     ended = threading.Event()
     watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
