@@ -262,21 +262,18 @@ def check_shared(folder: epath.Path, key: str) -> None:
     """Raises a ValueError in every process unless all of them see the same folder, which process 0 makes."""
     if not several():
         return
-    token, file = str(uuid.uuid4()), folder / ".shared"
+    probe = folder / f".shared-{told_by_first(lambda: uuid.uuid4().hex)}"
     if runtime.process_id == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(token)
-    token = exchange(token)[0]
-    try:
-        seen = file.read_text() == token
-    except OSError:
-        seen = False
-    blind = [i for i, sees in enumerate(exchange(seen)) if not sees]
+        probe.write_text("")
+    exchange("written")
+    blind = [i for i, sees in enumerate(exchange(probe.exists())) if not sees]
     if runtime.process_id == 0:
-        file.unlink()
+        probe.unlink()
     if blind:
         raise ValueError(f"{key}: must be a folder that every host sees, got {str(folder)!r}, in which "
-                         f"{_listed(blind)} can't see what process 0 writes; choose one on a shared file system")
+                         f"{_listed(blind)} can't see what process 0 writes; choose one on a shared file system, or a "
+                         "bucket for checkpoint.folder")
 
 
 # Stopping and failing

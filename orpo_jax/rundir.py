@@ -1,10 +1,12 @@
 """A run's folder: what it may hold, when a command may use it, and how it is started. Never deletes unasked."""
 
+import importlib.util
 import json
 import pathlib
 import shutil
 from typing import Any
 
+import fsspec.config
 import jax
 from etils import epath
 
@@ -20,7 +22,15 @@ OURS = ("hf", "checkpoints", "metrics.jsonl", "tensorboard", "wandb", "wandb_id"
 
 
 def checkpoint_folder(folder: pathlib.Path, elsewhere: str | None) -> epath.Path:
-    """Returns where the checkpoints of a run are; elsewhere: its checkpoint.folder."""
+    """Returns where the checkpoints of a run are; elsewhere: its checkpoint.folder.
+
+    Raises ValueError for a bucket that can't be read because a package is missing.
+    """
+    if elsewhere is not None and elsewhere.startswith("gs://"):
+        if importlib.util.find_spec("gcsfs") is None:
+            raise ValueError(f"checkpoint.folder: a bucket needs gcsfs, got {elsewhere!r}; pip install gcsfs")
+        # It would answer from what it saw first, and other hosts write there too.
+        fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(folder / "checkpoints" if elsewhere is None else elsewhere).expanduser()
 
 
