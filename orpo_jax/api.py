@@ -4,11 +4,12 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 
 from orpo_jax import checkpoint, generate, head, weights
@@ -17,7 +18,7 @@ from orpo_jax.config import check
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.preference import encode_closed
 from orpo_jax.pretrained import Pretrained, open_pretrained
-from orpo_jax.rundir import BASE_MODEL
+from orpo_jax.rundir import BASE_MODEL, checkpoint_folder, read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +124,26 @@ def _decoder_logits(graph: nnx.GraphDef, params: weights.Params, input_ids_BS: j
         return head.logits(hidden_BTD, *module.unembedding())
 
 
-def find_step(path: pathlib.Path) -> tuple[pathlib.Path, int] | None:
-    """Returns the run and the step of a run folder or of one of its step folders; None for anything else."""
+class Step(NamedTuple):
+    run: pathlib.Path
+    folder: epath.Path  # of the run's checkpoints
+    number: int
+
+
+def find_step(path: pathlib.Path) -> Step | None:
+    """Returns the step of a run's folder, the newest, or of one of its step folders; None for anything else."""
     if path.name.isdigit() and path.parent.name == "checkpoints":
         if not path.is_dir():
             raise ValueError(f"{path}: no such checkpoint; give the run's folder for the newest one")
-        return path.parent.parent, int(path.name)
-    if (path / "checkpoints").is_dir():
-        step = checkpoint.latest_step(path / "checkpoints")
-        if step is None:
-            raise ValueError(f"{path}: the run has no checkpoint yet")
-        return path, step
-    return None
+        return Step(path.parent.parent, epath.Path(path.parent), int(path.name))
+    run = read_run(path)
+    if run is None:
+        return None
+    folder = checkpoint_folder(path, run.get("checkpoint", {}).get("folder"))
+    number = checkpoint.latest_step(folder)
+    if number is None:
+        raise ValueError(f"{path}: the run has no checkpoint yet")
+    return Step(path, folder, number)
 
 
 def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: int | None = None) -> LoadedModel:
@@ -144,10 +153,10 @@ def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: 
     defaults to the run's own data.max_length, or to the model's original length.
     """
     found = find_step(pathlib.Path(path).expanduser())
-    pretrained = open_pretrained(str(path) if found is None else str(found[0] / BASE_MODEL))
+    pretrained = open_pretrained(str(path) if found is None else str(found.run / BASE_MODEL))
     meta = None
     if found is not None:
-        meta = checkpoint.read_meta(found[0] / "checkpoints", found[1])
+        meta = checkpoint.read_meta(found.folder, found.number)
         max_length = max_length or meta["config"]["data"]["max_length"]
     arch = architecture(pretrained.config, max_length or 1, pretrained.rows_needed)
     if found is None:
@@ -157,8 +166,8 @@ def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: 
         mesh = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=mesh),
                                 weights.abstract_params(arch, jnp.dtype(dtype)))
-        with checkpoint.Checkpoints(found[0] / "checkpoints") as checkpoints:
-            params = checkpoints.restore_params(found[1], abstract)
+        with checkpoint.Checkpoints(found.folder) as checkpoints:
+            params = checkpoints.restore_params(found.number, abstract)
         assert meta is not None
         dtypes = meta["dtypes"]
     return LoadedModel(pretrained, arch, weights.make_graph(arch), params, dtypes)

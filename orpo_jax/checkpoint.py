@@ -1,35 +1,48 @@
 """Checkpoints of a run: whole or absent. Orbax writes each to a temporary name in the background, then renames it."""
 
-import pathlib
+import contextlib
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from orpo_jax.config import CheckpointConfig
 
 
-class Checkpoints:
-    """The steps of `RUN/checkpoints`. Each holds the train state, and `meta`: plain values such as the config."""
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Returns False: JAX's preemption service wants to be asked in one order, and hosts.Stop asks it."""
+        return False
 
-    def __init__(self, folder: pathlib.Path, config: CheckpointConfig | None = None):
-        self.folder = folder.absolute()
+
+class Checkpoints:
+    """The steps of a run's folder of checkpoints, on a disk or in a bucket.
+
+    Each holds the train state, and `meta`: plain values such as the config.
+    """
+
+    def __init__(self, folder: epath.PathLike, config: CheckpointConfig | None = None):
+        folder = epath.Path(folder)
+        # epath makes of gs://bucket a local path "gs:/bucket" if it is made absolute, which it is.
+        self.folder = folder if folder.is_absolute() else folder.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.save_total_limit if config else None, create=config is not None,
             cleanup_tmp_directories=config is not None)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self.manager = _Manager(self.folder, options=options)
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Starts to save; returns once the arrays may be given away."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self.manager.save(step, args=args, force=True)
 
-    def read_meta(self, step: int) -> dict[str, Any]:
-        return self._restore(step, meta=ocp.args.JsonRestore()).meta
-
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Returns the state of a step, laid out like `abstract_state`; ValueError where the step is broken."""
-        return self._restore(step, state=ocp.args.StandardRestore(abstract_state)).state
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        with _whole(self.folder / str(step)):
+            return self.manager.restore(step, args=args)["state"]
 
     def restore_params(self, step: int, abstract_params: Any) -> Any:
         """Returns the parameters alone."""
@@ -37,26 +50,9 @@ class Checkpoints:
             item={"params": abstract_params}, partial_restore=True,
             restore_args={"params": jax.tree.map(
                 lambda leaf: ocp.ArrayRestoreArgs(sharding=leaf.sharding, dtype=leaf.dtype), abstract_params)})
-        try:
-            path = self.folder / str(step) / "state"
-            return ocp.PyTreeCheckpointer().restore(path, args=args)["params"]
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as error:
-            raise self._broken(step, error) from error
-
-    def _restore(self, step: int, **args: Any) -> Any:
-        try:
-            return self.manager.restore(step, args=ocp.args.Composite(**args))
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as error:  # a broken file surfaces as any of orbax's, tensorstore's or json's errors
-            raise self._broken(step, error) from error
-
-    def _broken(self, step: int, error: Exception) -> ValueError:
-        reason = " ".join(str(error).split())[:160]
-        return ValueError(f"{self.folder / str(step)}: the checkpoint can't be read ({reason}); if its files are "
-                          "damaged, move this folder away to go on from the one before")
+        path = self.folder / str(step)
+        with _whole(path):
+            return ocp.PyTreeCheckpointer().restore(path / "state", args=args)["params"]
 
     def wait(self) -> None:
         self.manager.wait_until_finished()
@@ -71,15 +67,30 @@ class Checkpoints:
         self.close()
 
 
-def latest_step(folder: pathlib.Path) -> int | None:
-    """Returns the newest whole checkpoint of a `checkpoints` folder; None if there is none, or no such folder."""
-    if not folder.is_dir():
-        return None
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.manager.latest_step()
+@contextlib.contextmanager
+def _whole(path: epath.Path) -> Iterator[None]:
+    """Turns what a damaged step raises, any of orbax's, tensorstore's or json's errors, into a ValueError."""
+    try:
+        yield
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path}: the checkpoint can't be read ({reason}); if its files are damaged, move this folder "
+                         "away to go on from the one before") from error
 
 
-def read_meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
-    """Returns what was saved beside a step's arrays."""
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.read_meta(step)
+# These two do not ask other processes, as orbax's manager would.
+
+
+def latest_step(folder: epath.PathLike) -> int | None:
+    """Returns the newest whole checkpoint of a folder; None if there is none, or no such folder."""
+    folder = epath.Path(folder)
+    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+
+
+def read_meta(folder: epath.PathLike, step: int) -> dict[str, Any]:
+    """Returns what was saved beside a step's arrays; ValueError where it is broken."""
+    path = epath.Path(folder) / str(step)
+    with _whole(path):
+        return json.loads((path / "meta" / "metadata").read_text())

@@ -193,7 +193,7 @@ def shard_bytes(tree: Any, itemsize: int | None = None) -> int:
 
 def weigh(program: Program, topology: str, num_slices: int, rows: str, limit: int) -> Report:
     """Compiles a program, and returns what it takes of devices that hold `limit` bytes."""
-    device, state, info = program.mesh.devices.flat[0], program.abstract_state(), program.batches.batch(0)[1]
+    device, state, info = program.mesh.devices.flat[0], program.abstract_state(), program.batches.info(0)
     useful, peak = flops.step_flops(program.arch, info.branches, info.encoded), flops.peak_flops(device.device_kind)
     params, optimizer, gradients = (shard_bytes(state.params), shard_bytes(state.opt_state),
                                     shard_bytes(state.params, itemsize=4))

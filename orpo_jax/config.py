@@ -232,6 +232,8 @@ class EvalConfig:
 class CheckpointConfig:
     save_steps: int = free(500)
     save_total_limit: int | None = free(None)
+    # Where checkpoints go if not to output_dir/checkpoints: a folder that every host sees, or a bucket (gs://...).
+    folder: str | None = None
     # Whether the same command again goes on from the newest checkpoint, or refuses a folder that holds a run.
     resume: bool = free(True)
     # Whether a run of another config in output_dir may be deleted.
@@ -463,19 +465,26 @@ def to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Returns the same by dotted keys."""
+    values = to_dict(config)
+    return {key: _lookup(values, key) for key in FIELDS}
+
+
+def _lookup(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
 def differences(config: Config, saved: Mapping[str, Any]) -> list[str]:
     """Returns a line per setting that a resume needs the same and that differs from a saved run's config."""
-    def lookup(values: Any, key: str) -> Any:
-        for part in key.split("."):
-            values = values.get(part) if isinstance(values, Mapping) else None
-        return values
-
     now = to_dict(config)
     # Where a step is a number of rows, which pairs it takes follows from these too.
     rows = {"data.share_prompt", "data.row_length"} if config.train.rows_per_step is not None else set()
-    return [f"{key}: the run has {lookup(saved, key)!r}, this command has {lookup(now, key)!r}"
+    return [f"{key}: the run has {_lookup(saved, key)!r}, this command has {_lookup(now, key)!r}"
             for key, field in FIELDS.items()
-            if (key in rows or not field.metadata.get("free")) and lookup(saved, key) != lookup(now, key)]
+            if (key in rows or not field.metadata.get("free")) and _lookup(saved, key) != _lookup(now, key)]
 
 
 def main_errors(command: Any) -> None:

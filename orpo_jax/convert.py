@@ -17,13 +17,12 @@ def convert(source: str, output: str, dtype: str | None = None) -> None:
     found = api.find_step(pathlib.Path(source))
     if found is None:
         raise ValueError(f"--checkpoint: must be a run's folder or one of its checkpoints/STEP, got {source!r}")
-    run, step = found
-    meta = checkpoint.read_meta(run / "checkpoints", step)
-    model = api.load_model(run / "checkpoints" / str(step), meta["config"]["model"]["param_dtype"])
+    meta = checkpoint.read_meta(found.folder, found.number)
+    model = api.load_model(source, meta["config"]["model"]["param_dtype"])
     model = api.with_dtype(model, dtype)
-    model.save(output, card=model_card(meta["config"], meta["data"], meta["optimizer"], step, meta["metrics"],
+    model.save(output, card=model_card(meta["config"], meta["data"], meta["optimizer"], found.number, meta["metrics"],
                                         meta["counts"]))
-    log.info("step %d of %s is in %s", step, run, output)
+    log.info("step %d of %s is in %s", found.number, found.run, output)
 
 
 def main(args: list[str]) -> None:

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import pathlib
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +34,7 @@ from orpo_jax.metrics import Progress, log
 from orpo_jax.packing import Pair, Rows
 from orpo_jax.preference import Encoder, render, split_prompt
 from orpo_jax.pretrained import Pretrained
-from orpo_jax.sharding import batch_sharding
+from orpo_jax.sharding import batch_sharding, num_shards, own_shards
 
 CACHE = pathlib.Path(os.environ.get("ORPO_JAX_CACHE", "~/.cache/orpo_jax")).expanduser()
 # The one column of rows that are still text: a name that no data set uses.
@@ -189,16 +190,24 @@ class Pairs(Sequence[Pair]):
         """Returns the tokens of each whole sequence, [pairs, 2]: chosen, rejected."""
         return np.stack([np.diff(self._starts[side])[self.keep] for side in ("chosen", "rejected")], axis=1)
 
+    def prompt_lengths(self) -> np.ndarray:
+        """Returns how many tokens of each sequence are prompt, [pairs, 2]."""
+        return np.stack([self._prompt[side][self.keep] for side in ("chosen", "rejected")], axis=1)
+
     def lengths(self, share_prompt: bool) -> np.ndarray:
         """Returns the positions that each pair takes of a row."""
         chosen, rejected = self.sequence_lengths().T + self.tail
         return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
 
+    def branches(self, share_prompt: bool) -> np.ndarray:
+        """Returns the positions of each pair's trunk, and of its chosen and rejected branch with it, [pairs, 3]."""
+        trunk = packing.trunk_length(self._shared[self.keep], share_prompt)
+        return np.column_stack([trunk, self.sequence_lengths() + self.tail - 1])
+
     def sizes(self, share_prompt: bool) -> np.ndarray:
         """Returns what each pair takes of a row, [pairs, 4]: a Room of each."""
         lengths = self.lengths(share_prompt)
-        prompts = np.stack([self._prompt[side][self.keep] for side in ("chosen", "rejected")], axis=1)
-        scored = (self.sequence_lengths() - np.maximum(prompts, 1)).sum(axis=1)
+        scored = (self.sequence_lengths() - np.maximum(self.prompt_lengths(), 1)).sum(axis=1)
         return np.stack(Room(lengths, np.ones_like(lengths), self.lengths(share_prompt=False), scored), axis=1)
 
     def digest(self) -> str:
@@ -306,7 +315,7 @@ def _tokenised(source: Source, encoder: Encoder) -> pa.Table:
     file = CACHE / "tokenised" / f"{key}.arrow"
     if not _readable(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{key}.{os.getpid()}.tmp")
+        temporary = file.with_name(f"{key}.{uuid.uuid4().hex}.tmp")  # several hosts may share a home
         try:
             _tokenise_to(temporary, source, encoder, config.dataset_num_proc or 1)
             temporary.rename(file)
@@ -362,7 +371,7 @@ class StepBatch(NamedTuple):
 
 class BatchInfo(NamedTuple):
     slots: int  # positions computed
-    branches: np.ndarray  # [pairs, 3], as packing.branch_lengths returns them
+    branches: np.ndarray  # [pairs, 3], as Pairs.branches returns them
     encoded: np.ndarray  # [pairs], tokens that an encoder reads
 
     @property
@@ -565,6 +574,8 @@ class Batches:
     seed: int | None  # None: file order
     # None: a step takes batch_size pairs, in as many rows as they need. Else it takes that many full rows.
     rows_per_step: int | None = None
+    # The shards whose rows `batch` builds: this process's own (sharding.own_shards). None: all.
+    shards: tuple[int, ...] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -623,27 +634,59 @@ class Batches:
             rows.extend(packed[i] for i in shuffled)
         return rows
 
+    @functools.cached_property
+    def _branches(self) -> np.ndarray:
+        return self.pairs.branches(self.layout.share_prompt)
+
+    @functools.cached_property
+    def _weights(self) -> np.ndarray:
+        return packing.weigh(self.pairs.sequence_lengths() + self.pairs.tail, self.pairs.prompt_lengths(),
+                             self.orpo.nll_scope, self.orpo.nll_reduction, self.pairs.tail)
+
     def batch(self, step: int) -> tuple[StepBatch, BatchInfo]:
-        """Returns the step's rows as numpy arrays, the same on every host, and what they hold."""
+        """Returns the step's rows as numpy arrays, those of `shards` only, and what the whole step holds."""
         layout, plan, groups = self.layout, self.plan(step), []
-        pairs = {i: self.pairs[i] for rows in plan for row in rows for i in row.tolist()}
+        own = np.arange(layout.rows).reshape(layout.num_shards, -1)
+        own = own[list(self.shards)].ravel() if self.shards is not None else own.ravel()
         for row_length, rows_of_pairs, num_micro, max_micro in zip(
                 layout.row_lengths, plan, layout.num_micro(plan), layout.max_micro, strict=True):
+            mine = [rows_of_pairs[i].tolist() if i < len(rows_of_pairs) else []
+                    for i in (np.arange(max_micro)[:, None] * layout.rows + own).ravel().tolist()]
             rows = packing.build_rows(
-                pairs, rows_of_pairs, num_rows=max_micro * layout.rows, row_length=row_length,
+                {i: self.pairs[i] for row in mine for i in row}, mine, num_rows=len(mine), row_length=row_length,
                 max_pairs=layout.room(row_length).pairs, share_prompt=layout.share_prompt,
                 nll_scope=self.orpo.nll_scope, nll_reduction=self.orpo.nll_reduction, tail=self.pairs.tail,
                 encoder_length=layout.encoder_length)
-            split = lambda x, most=max_micro: x.reshape(most, layout.rows, *x.shape[1:])
+            split = lambda x, most=max_micro: x.reshape(most, len(own), *x.shape[1:])
             groups.append(Group(jax.tree.map(split, rows), np.int32(num_micro)))
-        count = lambda weights: sum(group.rows._asdict()[weights].sum(dtype=np.float64) for group in groups)
+        members = np.concatenate([row for rows in plan for row in rows])
+        info = self._info(plan, members)
+        nll_weight, pairs = self._weights[members].sum(axis=0, dtype=np.float64)
         # Counts of nothing are 1: a sum of zeros divided by them stays 0.
-        branches = packing.branch_lengths(pairs.values(), layout.share_prompt)
-        counts = Counts(nll_weight=np.float32(count("nll_weights") or 1), pairs=np.float32(count("pair_weights") or 1),
-                        inputs=np.float32(branches[:, 1:].sum()))
-        encoded = np.array([0 if pair.encoder_ids is None else len(pair.encoder_ids) for pair in pairs.values()])
-        return StepBatch(tuple(groups), counts), BatchInfo(layout.slots(layout.num_micro(plan)), branches,
-                                                            encoded)
+        counts = Counts(nll_weight=np.float32(nll_weight or 1), pairs=np.float32(pairs or 1),
+                        inputs=np.float32(info.branches[:, 1:].sum()))
+        return StepBatch(tuple(groups), counts), info
+
+    def info(self, step: int) -> BatchInfo:
+        """Returns what a step holds."""
+        plan = self.plan(step)
+        return self._info(plan, np.concatenate([row for rows in plan for row in rows]))
+
+    def _info(self, plan: Sequence[Sequence[Any]], members: np.ndarray) -> BatchInfo:
+        return BatchInfo(self.layout.slots(self.layout.num_micro(plan)), self._branches[members],
+                         self.pairs.encoder_lengths()[members])
+
+    def shapes(self) -> StepBatch:
+        """Returns the shapes and types of every batch, over all shards."""
+        layout, number = self.layout, lambda dtype: jax.ShapeDtypeStruct((), dtype)
+
+        def group(row_length: int, most: int) -> Group:
+            rows = packing.empty_rows(1, row_length, layout.room(row_length).pairs, layout.encoder_length)
+            return Group(jax.tree.map(lambda x: jax.ShapeDtypeStruct((most, layout.rows, *x.shape[1:]), x.dtype), rows),
+                         number(np.int32))
+
+        return StepBatch(tuple(map(group, layout.row_lengths, layout.max_micro)),
+                         Counts(*[number(np.float32)] * len(Counts._fields)))
 
 
 def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -653,9 +696,21 @@ def batch_shardings(batch: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def to_devices(batch: StepBatch, mesh: jax.sharding.Mesh) -> StepBatch:
-    """Returns the batch as global arrays, rows split over the mesh; each process hands over its own devices' part."""
-    return jax.tree.map(lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]),
-                        batch, batch_shardings(batch, mesh))
+    """Returns the batch as global arrays, rows split over the mesh, from the rows of this process's own shards."""
+    own, total = own_shards(mesh), num_shards(mesh)
+
+    def place(x: Any, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        if not x.ndim:
+            return jax.make_array_from_callback((), sharding, lambda _: x)
+        per_shard = x.shape[1] // len(own)
+
+        def read(index: Any) -> np.ndarray:
+            at = own.index((index[1].start or 0) // per_shard) * per_shard
+            return x[:, at:at + per_shard]
+
+        return jax.make_array_from_callback((x.shape[0], per_shard * total, *x.shape[2:]), sharding, read)
+
+    return jax.tree.map(place, batch, batch_shardings(batch, mesh))
 
 
 T = TypeVar("T")

@@ -63,9 +63,11 @@ class Progress:
 class JsonlSink:
     """One JSON object a line. Opening it at a step drops the lines past that step: a resumed run writes them again."""
 
-    def __init__(self, path: pathlib.Path, step: int):
+    def __init__(self, path: pathlib.Path, step: int, evaluated: bool):
+        """evaluated: whether that step's held-out lines are to be kept too."""
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) < step or (
+                _step_of(line) == step and (evaluated or '"eval_' not in line))]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             temporary.rename(path)
@@ -239,10 +241,12 @@ class Meter:
 class Metrics:
     """Sends each line of numbers to the sinks of `log.report_to`, from process 0 only."""
 
-    def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], resumed_at: int | None):
+    def __init__(self, folder: pathlib.Path, config: Mapping[str, Any], resumed_at: int | None,
+                 evaluated: bool = True):
+        """resumed_at: the step after which a run goes on; evaluated: whether that step's held-out lines are written."""
         step = -1 if resumed_at is None else resumed_at
         makers = {
-            "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", step),
+            "jsonl": lambda: JsonlSink(folder / "metrics.jsonl", step, evaluated),
             "tensorboard": lambda: TensorboardSink(folder, step),
             "wandb": lambda: WandbSink(folder, config),
         }

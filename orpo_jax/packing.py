@@ -63,6 +63,17 @@ def branch_lengths(pairs: Iterable[Pair], share_prompt: bool) -> np.ndarray:
                      for pair in pairs])
 
 
+def weigh(lengths_P2: np.ndarray, prompts_P2: np.ndarray, nll_scope: str, nll_reduction: str, tail: int = 0
+          ) -> np.ndarray:
+    """Returns each pair's sum of nll_weights and its pair_weight, [pairs, 2], as `build_rows` will write them.
+
+    lengths_P2, prompts_P2: tokens of the chosen and the rejected sequence, and how many of them are prompt.
+    """
+    responses_P2 = np.maximum(lengths_P2 - tail - np.maximum(prompts_P2, 1), 0)
+    nll = responses_P2[:, 0] if nll_scope == "completion" else np.maximum(lengths_P2[:, 0] - 1 - tail, 0)
+    return np.stack([nll > 0 if nll_reduction == "sequence" else nll, responses_P2.min(axis=1) > 0], axis=1)
+
+
 def count_positions(branches: np.ndarray) -> int:
     """Returns the positions that pairs take of rows together; branches as branch_lengths returns them."""
     return int((branches @ (-1, 1, 1)).sum())

@@ -19,7 +19,7 @@ from orpo_jax.data import Batches
 from orpo_jax.families import Architecture
 from orpo_jax.metrics import log
 from orpo_jax.model import remat_ladder
-from orpo_jax.sharding import num_shards
+from orpo_jax.sharding import num_shards, own_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Program:
         return step_lib.abstract_state(self.params, self.optimizer, self.shardings)
 
     def abstract_batch(self) -> data.StepBatch:
-        batch = self.batches.batch(0)[0]
+        batch = self.batches.shapes()
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch,
                             data.batch_shardings(batch, self.mesh))
 
@@ -100,7 +100,7 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     pairs.tail = int(bool(coef))  # the routers' statistics have the last response token too
     layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh), platform,
                               rows_per_step, attention, config.orpo.nll_scope, flops.key_cost(arch, attention))
-    return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step),
+    return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
                                 attention, coef))
 

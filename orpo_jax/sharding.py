@@ -155,6 +155,13 @@ def num_shards(mesh: Mesh) -> int:
     return parts(mesh.shape, BATCH_AXES)
 
 
+def own_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Returns which of those parts lie on this process's devices, rising."""
+    places = NamedSharding(mesh, P(BATCH_AXES)).devices_indices_map((num_shards(mesh),))
+    return tuple(sorted({index[0].start or 0 for device, index in places.items()
+                         if device.process_index == jax.process_index()}))
+
+
 def shard_rows(x: jax.Array) -> jax.Array:
     """Keeps activations [B, T, ...] split by rows and their tokens; does nothing outside a mesh, so that models run in
     a notebook.

@@ -2,7 +2,8 @@
 
     python -m orpo_jax.train --config configs/NAME.py [--config.section.key=value ...]
 
-The same command again goes on from the newest checkpoint; a finished run says so and exits.
+The same command again goes on from the newest checkpoint; a finished run says so and exits. SIGTERM saves and stops it,
+with exit code 75. Several processes, of one host or many, train together (hosts.py).
 """
 
 import contextlib
@@ -15,13 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from etils import epath
 
-from orpo_jax import api, data, flops, loss, weights
+import orpo_jax
+from orpo_jax import api, data, flops, hosts, loss, weights
 from orpo_jax import config as config_lib
 from orpo_jax import program as program_lib
 from orpo_jax import step as step_lib
 from orpo_jax.card import model_card
-from orpo_jax.checkpoint import Checkpoints, read_meta
+from orpo_jax.checkpoint import Checkpoints, latest_step, read_meta
 from orpo_jax.config import Config
 from orpo_jax.data import Batches
 from orpo_jax.evaluate import evaluate
@@ -30,7 +33,7 @@ from orpo_jax.generate import generate
 from orpo_jax.metrics import CompileCounter, Meter, Metrics, Progress, check_trackers, log, set_up_logging
 from orpo_jax.pretrained import Pretrained, find_folder, open_pretrained
 from orpo_jax.program import Program, lay_out, make_program
-from orpo_jax.rundir import BASE_MODEL, open_run, start_run
+from orpo_jax.rundir import BASE_MODEL, checkpoint_folder, open_run, start_run
 from orpo_jax.sharding import make_mesh
 
 Rows = Iterable[Mapping[str, Any]]
@@ -43,42 +46,60 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
 
     config: a Config, or the ConfigDict or mapping that makes one. train_rows and eval_rows take the place of
     data.train and data.eval; optimizer takes the place of `optim`, clipping and schedule included. on_step(step,
-    metrics) is called after every step; where it returns True, the run is saved and stops. Raises ValueError for what
-    a user got wrong, before anything is written.
+    metrics) is called after every step; where it returns True, in every process, the run is saved and stops. Raises
+    ValueError for what a user got wrong, before anything is written, and hosts.Preempted once a run that SIGTERM stops
+    is saved.
     """
     config = config if isinstance(config, Config) else config_lib.build(config)
     set_up_logging()
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(data.CACHE / "xla"))
+    with hosts.Stop() as stop:
+        return _run(config, train_rows, eval_rows, optimizer, on_step, stop)
 
+
+def _run(config: Config, train_rows: Rows | None, eval_rows: Rows | None,
+         optimizer: optax.GradientTransformation | None, on_step: Callable | None, stop: hosts.Stop
+         ) -> dict[str, float]:
     # The folder comes first: if it holds another run, nothing else may happen.
     folder = pathlib.Path(config.output_dir).expanduser()
+    steps = checkpoint_folder(folder, config.checkpoint.folder)
     check_trackers(config.log.report_to)
     config_lib.check(config.eval.eval_strategy == "no" or eval_rows is not None or bool(config.data.eval),
                      "eval.eval_strategy", "needs data.eval", config.eval.eval_strategy)
-    last_step, replace = open_run(folder, config)
-    if (folder / "hf").is_dir() and last_step is not None:
-        meta = read_meta(folder / "checkpoints", last_step)
+    hosts.agree({**config_lib.flat(config), "jax": jax.__version__, "orpo_jax": orpo_jax.__version__,
+                 f"{steps}: the newest checkpoint": latest_step(steps)})
+    last_step, replace, exported = hosts.told_by_first(lambda: (*open_run(folder, config), (folder / "hf").is_dir()))
+    if exported and last_step is not None:
+        meta = read_meta(steps, last_step)
         if last_step == meta["total_steps"]:
             log.info("%s is finished, at step %d; its model is in %s", folder, last_step, folder / "hf")
             return meta["metrics"]
 
     # A run that goes on reads its own copy: its chat template and tokens are the ones that it was trained with.
-    base = folder / BASE_MODEL if last_step is not None else None
+    base = folder / BASE_MODEL if last_step is not None and (folder / BASE_MODEL).is_dir() else None
     job = prepare(config, base, train_rows, eval_rows, optimizer)
+    hosts.agree({"data.train": job.data_hash, "the program": str(job),
+                 **{f"config.json of model.path, {key}": value for key, value in job.pretrained.config.items()},
+                 **{f"data.eval {name or ''}": held_out.pairs.digest() for name, held_out in job.eval_batches.items()}})
+    stop.check()
     with jax.set_mesh(job.mesh):
         # Read whole before the folder is touched, so that a broken model or checkpoint leaves no trace.
-        state, record = first_state(job) if last_step is None else saved_state(job, folder, last_step)
+        state, record = first_state(job) if last_step is None else saved_state(job, steps, last_step)
+        stop.check()
         start_run(folder, config, job.pretrained, afresh=last_step is None, replace=replace)
-        with (Checkpoints(folder / "checkpoints", config.checkpoint) as checkpoints,
-              contextlib.closing(Metrics(folder, config_lib.to_dict(config), last_step)) as sinks):
-            state, done = train(job, state, record, last_step or 0, checkpoints, sinks, on_step)
+        hosts.check_shared(steps, "output_dir" if config.checkpoint.folder is None else "checkpoint.folder")
+        with (Checkpoints(steps, config.checkpoint) as checkpoints,
+              contextlib.closing(Metrics(folder, config_lib.to_dict(config), last_step,
+                                         not record.owes_evaluation)) as sinks):
+            state, done = train(job, state, record, last_step or 0, checkpoints, sinks, on_step, stop)
         if done:
             log.info("writing %s", folder / "hf")
             model = api.LoadedModel(job.pretrained, job.arch, job.model.graph, state.params, record.dtypes)
             model.save(folder / "hf", overwrite=True, card=model_card(
                 record.config, record.data, record.optimizer, job.total_steps, record.metrics, record.counts))
             log.info("done: the model is in %s", folder / "hf")
+    hosts.exchange("done")  # nobody leaves, and takes the runtime along, before process 0 has written
     return record.metrics
 
 
@@ -97,6 +118,7 @@ class Record:
     tokens: int = 0
     parts: list[dict[str, float]] = dataclasses.field(default_factory=list)  # sums of the steps since the last line
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # the last of each
+    owes_evaluation: bool = False  # this step's was cut short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,37 +182,38 @@ def first_state(job: Job) -> tuple[step_lib.TrainState, Record]:
     return step_lib.initial_state(params, job.optimizer, job.shardings), record
 
 
-def saved_state(job: Job, folder: pathlib.Path, step: int) -> tuple[step_lib.TrainState, Record]:
+def saved_state(job: Job, steps: epath.Path, step: int) -> tuple[step_lib.TrainState, Record]:
     """Returns the state of a checkpoint; ValueError where it is broken, or the rows are not the ones it was made of."""
-    with Checkpoints(folder / "checkpoints") as checkpoints:
-        meta = checkpoints.read_meta(step)
-        record = Record(**{**meta, "config": config_lib.to_dict(job.config)})
-        if record.data_hash != job.data_hash:
-            raise ValueError(f"data.train: must be the rows that {folder} was started with, and they have changed; "
-                             "restore them, or choose another output_dir")
-        for key, was, now in (("model.dtype", record.dtype, str(job.model.dtype)),
-                              ("optimizer", record.optimizer, job.optimizer_name)):
-            if was != now:
-                raise ValueError(f"{key}: must be what {folder} was started with, {was or 'one of the program'}, got "
-                                 f"{now or 'one of the program'}; choose another output_dir")
-        log.info("going on from step %d of %d", step, job.total_steps)
+    record = Record(**{**read_meta(steps, step), "config": config_lib.to_dict(job.config)})
+    if record.data_hash != job.data_hash:
+        raise ValueError(f"data.train: must be the rows that {steps.parent} was started with, and they have changed; "
+                         "restore them, or choose another output_dir")
+    for key, was, now in (("model.dtype", record.dtype, str(job.model.dtype)),
+                          ("optimizer", record.optimizer, job.optimizer_name)):
+        if was != now:
+            raise ValueError(f"{key}: must be what {steps.parent} was started with, {was or 'one of the program'}, got "
+                             f"{now or 'one of the program'}; choose another output_dir")
+    log.info("going on from step %d of %d", step, job.total_steps)
+    with Checkpoints(steps) as checkpoints:
         return checkpoints.restore(step, step_lib.abstract_state(job.params, job.optimizer, job.shardings)), record
 
 
 def train(job: Job, state: step_lib.TrainState, record: Record, start: int, checkpoints: Checkpoints, sinks: Metrics,
-          on_step: Callable | None) -> tuple[step_lib.TrainState, bool]:
+          on_step: Callable | None, stop: hosts.Stop) -> tuple[step_lib.TrainState, bool]:
     """Takes the steps after `start`, keeping `record`; returns the state, and whether those were all."""
     config, batches = job.config, job.batches
     meter = Meter(record, config.orpo.beta, sinks, job.total_steps, batches.steps_per_epoch, work_of(job))
     train_step, compiles = compile_step(job), CompileCounter()
+    stop.check()
 
     def save(step: int) -> None:
         meter.write_pending()
         parts = [{name: float(value) for name, value in part.items()} for part in jax.device_get(record.parts)]
         checkpoints.save(step, state, dataclasses.asdict(dataclasses.replace(record, parts=parts)))
 
-    if start == 0 and config.eval.eval_on_start:
-        evaluate_all(job, state, record, 0, sinks)
+    if record.owes_evaluation or (start == 0 and config.eval.eval_on_start):
+        record.owes_evaluation = not evaluate_all(job, state, record, start, sinks, stop)
+        stop.check()
 
     def make(step: int) -> tuple[data.StepBatch, data.BatchInfo]:
         batch, info = batches.batch(step - 1)
@@ -210,14 +233,19 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
                 meter.end_interval(step, grad_norm, learning_rate)
             if evaluates(config, step, batches.steps_per_epoch, last):
                 with meter.paused():
-                    evaluate_all(job, state, record, step, sinks)
-            stop = on_step is not None and on_step(step, loss.metrics(
+                    record.owes_evaluation = not evaluate_all(job, state, record, step, sinks, stop)
+            enough = on_step is not None and on_step(step, loss.metrics(
                 {name: float(value) for name, value in jax.device_get(sums).items()}, beta=config.orpo.beta))
-            if stop or last or step % config.checkpoint.save_steps == 0:
+            told = stop.asked()
+            if enough or told or last or step % config.checkpoint.save_steps == 0:
                 save(step)
             progress.advance()
-            if stop and not last:
-                log.info("stopped and saved at step %d of %d", step, job.total_steps)
+            if told or (enough and not last):
+                checkpoints.wait()
+                message = f"stopped and saved at step {step} of {job.total_steps}; the same command goes on"
+                if told:
+                    raise hosts.Preempted(message)
+                log.info(message)
                 return state, False
     checkpoints.wait()
     return state, True
@@ -225,7 +253,7 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
 
 def compile_step(job: Job) -> Callable:
     """Returns the compiled train step, with the least recomputation that fits the devices."""
-    limit = step_lib.device_bytes(job.mesh.local_devices[0])
+    limit = min(hosts.exchange(step_lib.device_bytes(job.mesh.local_devices[0])))  # one step for all
     compiled = program_lib.compile_step(job, limit)
     log.info("the step is compiled, in %.0f s: remat %s, %.1f GB of %.1f GB per device", compiled.seconds,
              compiled.remat, compiled.need / 1e9, limit / 1e9)
@@ -249,17 +277,25 @@ def evaluates(config: Config, step: int, steps_per_epoch: int, last: bool) -> bo
     return every is not None and (last or step % every == 0)
 
 
-def evaluate_all(job: Job, state: step_lib.TrainState, record: Record, step: int, sinks: Metrics) -> None:
-    """Writes the metrics of every held-out set, and shows a few continuations."""
+def evaluate_all(job: Job, state: step_lib.TrainState, record: Record, step: int, sinks: Metrics,
+                 stop: hosts.Stop) -> bool:
+    """Writes the metrics of every held-out set, and shows a few continuations; False, and nothing, if told to stop."""
+    found = {}
     for name, batches in job.eval_batches.items():
-        values = evaluate(job.eval_steps[name], state.params, batches, job.mesh, beta=job.config.orpo.beta, name=name)
+        values = evaluate(job.eval_steps[name], state.params, batches, job.mesh, beta=job.config.orpo.beta, name=name,
+                          stopped=stop.asked)
+        if values is None:
+            return False
+        found[name] = values
+    for name, values in found.items():
         sinks.write(step, values)
         record.metrics.update({key: value for key, value in values.items() if not key.endswith("_runtime")})
         prefix = "eval_" if name is None else f"eval_{name}_"
         log.info("step %d, held-out %s: %s", step, name or "pairs", "  ".join(
             f"{key} {values[prefix + key]:.4f}" for key in ("loss", "nll_loss", "rewards/accuracies",
                                                              "rewards/margins")))
-        show_samples(job, state.params, batches.pairs)
+        show_samples(job, state.params, job.eval_batches[name].pairs)
+    return True
 
 
 def show_samples(job: Job, params: weights.Params, pairs: data.Pairs) -> None:
@@ -279,7 +315,9 @@ def show_samples(job: Job, params: weights.Params, pairs: data.Pairs) -> None:
 
 
 def main(args: list[str]) -> None:
-    run(config_lib.from_args(args))
+    args = hosts.join(args)
+    with hosts.failing_together():
+        run(config_lib.from_args(args))
 
 
 if __name__ == "__main__":

@@ -311,27 +311,28 @@ def save_params(params: Params, arch: Architecture, folder: pathlib.Path, dtypes
     total = 0
 
     def flush() -> None:
-        if jax.process_index() == 0:
-            file = folder / f"{len(shards)}.partial"
-            file.touch()
-            mode = file.stat().st_mode  # safetensors makes files that only their owner may read
-            save_file(pending, file, metadata={"format": "pt"})
-            file.chmod(mode)
+        file = folder / f"{len(shards)}.partial"
+        file.touch()
+        mode = file.stat().st_mode  # safetensors makes files that only their owner may read
+        save_file(pending, file, metadata={"format": "pt"})
+        file.chmod(mode)
         shards.append(list(pending))
         pending.clear()
 
     count = len({name for weight in arch.table for name in hf_names(weight, arch.spec.sizes)})
     with Progress("writing weights", count) as progress:
         for name, array in hf_tensors(params, arch):
+            progress.advance()
+            if jax.process_index() != 0:
+                continue
             array = np.ascontiguousarray(array.astype(jnp.dtype(dtypes.get(name, "float32"))))
             if pending and sum(a.nbytes for a in pending.values()) + array.nbytes > max_shard_bytes:
                 flush()
             pending[name] = array
             total += array.nbytes
-            progress.advance()
-    flush()
     if jax.process_index() != 0:
         return
+    flush()
     names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     names = ["model.safetensors"] if len(shards) == 1 else names
     for i, name in enumerate(names):
