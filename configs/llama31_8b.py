@@ -3,8 +3,21 @@
     python -m orpo_jax.train --config configs/llama31_8b.py
 
 The settings of the paper's Mistral-ORPO-beta (mistral_7b_orpo_beta.py), with 128 pairs to a step: about 60 rows of
-2,048 tokens, one for each chip of a v5e-64. Fewer chips take them in micro-batches. Not run here: it needs a network,
-the model's licence and accelerators.
+2,048 tokens, one for each chip of a v5e-64, while fewer chips take them in turns. Not run here: it needs a network,
+the model's licence and accelerators. GB (10^9 bytes) on each chip, by the tables that
+
+    python -m orpo_jax.compile --config configs/llama31_8b.py --topology TOPOLOGY
+
+prints (jax 0.10.2; gradients by arithmetic, activations the rest of the compiler's peak):
+
+    slice                    topology   chips  parameters  optimiser  gradients  activations  total      of
+    v5e-64                   v5e:8x8       64        0.50       1.00       0.50         5.08   7.09   16.91
+    v5p-16                   v5p:2x2x2      8        4.02       8.03       4.02         6.99  23.05  102.80
+    v6e-16                   v6e:4x4       16        2.01       4.02       2.01         6.21  14.24   33.55
+    8 x H100, by arithmetic                 8        4.02       8.03       4.02         9.54  25.60   80.00
+
+Attention is the TPU's kernel in each of the programs (4 calls). On GPUs set XLA_PYTHON_CLIENT_MEM_FRACTION=0.9, since
+JAX takes 75 % of a GPU by itself.
 """
 
 import pathlib
