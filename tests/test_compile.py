@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import what_fits
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,6 +121,12 @@ def test_bytes_of_a_tpu_are_those_by_which_it_refuses():
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED") as refusal:
         compiled(too_large)
     assert compile_lib._bytes_asked(str(refusal.value)) == pytest.approx(too_large / fits * need, rel=0.01)
+
+
+def test_the_page_has_the_table_of_what_was_compiled():
+    lines = what_fits.read_lines()
+    assert what_fits.START + what_fits.table(lines) + what_fits.END in what_fits.PAGE.read_text()
+    assert all(line["kernels"] for line in lines if line["fits"])  # attention is the TPU's kernel in each
 
 
 def test_this_machine_as_eight_devices(folder):

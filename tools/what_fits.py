@@ -1,7 +1,7 @@
 """What fits where: the train step of a model, compiled for ever larger slices of TPUs until one fits.
 
     python tools/what_fits.py llama-8b v5e    # compiles, and appends a line to docs/what_fits.jsonl for each program
-    python tools/what_fits.py                 # prints the table of what is there, as markdown
+    python tools/what_fits.py                 # prints the table of what is there, and writes it into docs/pods.md
 
 Each chip has one row of 2,048 tokens at a time and 8 pairs a step; float32 weights and AdamW, full recomputation. Weights
 lie over all chips (mesh.fsdp), and heads, mlp and words over four (mesh.tensor) where that alone does not fit. A line is
@@ -23,7 +23,9 @@ from orpo_jax import compile as compile_lib
 from orpo_jax import config as config_lib
 from orpo_jax.families import Architecture, architecture
 
-LINES = pathlib.Path(__file__).parents[1] / "docs" / "what_fits.jsonl"
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+LINES, PAGE = DOCS / "what_fits.jsonl", DOCS / "pods.md"
+START, END = "<!-- what fits: written by `python tools/what_fits.py` -->\n", "\n<!-- end -->"
 MODELS = {"qwen2-0.5b": "Qwen2-0.5B", "qwen2-1.5b": "Qwen2-1.5B", "llama-3b": "Llama-3.2-3B", "llama-8b": "Llama-3.1-8B",
           "qwen2.5-32b": "Qwen2.5-32B", "llama-70b": "Llama-3.1-70B"}
 ROW_LENGTH, PAIRS_PER_CHIP, TENSOR = 2048, 8, (1, 4)
@@ -136,7 +138,10 @@ def main() -> None:
     parser.add_argument("kind", nargs="?", choices=compile_lib.SLICES)
     args = parser.parse_args()
     if args.model is None:
-        print(table(read_lines()))
+        text = table(read_lines())
+        before, rest = PAGE.read_text().split(START)
+        PAGE.write_text(before + START + text + rest[rest.index(END):])
+        print(text)
     elif args.kind is None:
         sys.exit("kind: must be named with a model, got none")
     else:
