@@ -4,8 +4,8 @@
     python tools/what_fits.py                 # prints the table of what is there, and writes it into docs/pods.md
 
 Each chip has one row of 2,048 tokens at a time and 8 pairs a step; float32 weights and AdamW, full recomputation.
-Weights lie over all chips (mesh.fsdp), and heads, mlp and words over four (mesh.tensor) where that alone does not fit. A
-line is the report of `orpo_jax.compile`. GPUs are by arithmetic. There is no LoRA here: the trainer has none yet.
+Weights lie over all chips (mesh.fsdp), and heads, mlp and words over four (mesh.tensor) where that alone does not fit.
+A line is the report of `orpo_jax.compile`. GPUs are by arithmetic. There is no LoRA here: the trainer has none yet.
 """
 
 import argparse
