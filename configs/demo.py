@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from orpo_jax import config as config_lib
-from orpo_jax import weights
+from orpo_jax import hosts, weights
 from orpo_jax.families import architecture
 
 DATA = pathlib.Path(__file__).parent / "demo_data"
@@ -63,8 +63,7 @@ def make_model(folder: pathlib.Path) -> None:
 
 
 def get_config():
-    if not MODEL.is_dir():
-        make_model(MODEL)
+    hosts.told_by_first(lambda: MODEL.is_dir() or make_model(MODEL))
     config = config_lib.default()
     config.output_dir = "runs/demo"
     config.model.path = str(MODEL)

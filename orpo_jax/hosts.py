@@ -244,18 +244,16 @@ def told_by_first(question: Callable[[], T]) -> T:
 
 def agree(what: Mapping[str, Any]) -> None:
     """Raises a ValueError in every process where they differ in some values, by key, and says who has which."""
-    mine = {"host": socket.gethostname(), **json.loads(json.dumps(what))}
-    all_of_them = exchange(mine)
-    problems = []
-    for key, value in what.items():
-        value = all_of_them[0][key]
-        for index, theirs in enumerate(all_of_them):
-            if theirs[key] != value:
-                problems.append(f"{key}: must be the same on every host, got {value!r} on process 0 "
-                                f"({all_of_them[0]['host']}) and {theirs[key]!r} on process {index} ({theirs['host']})")
-                break
+    first, *others = exchange({"host": socket.gethostname(), "what": dict(what)})
+    problems = {}
+    for index, other in enumerate(others, 1):
+        for key in {**first["what"], **other["what"]}:
+            one, two = first["what"].get(key), other["what"].get(key)
+            if one != two:
+                problems.setdefault(key, f"{key}: must be the same on every host, got {one!r} on process 0 "
+                                         f"({first['host']}) and {two!r} on process {index} ({other['host']})")
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("; ".join(problems.values()))
 
 
 def check_shared(folder: epath.Path, key: str) -> None:

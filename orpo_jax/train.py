@@ -68,7 +68,7 @@ def _run(config: Config, train_rows: Rows | None, eval_rows: Rows | None,
     config_lib.check(config.eval.eval_strategy == "no" or eval_rows is not None or bool(config.data.eval),
                      "eval.eval_strategy", "needs data.eval", config.eval.eval_strategy)
     hosts.agree({**config_lib.flat(config), "jax": jax.__version__, "orpo_jax": orpo_jax.__version__,
-                 f"{steps}: the newest checkpoint": latest_step(steps)})
+                 "the newest checkpoint": latest_step(steps)})
     last_step, replace, exported = hosts.told_by_first(lambda: (*open_run(folder, config), (folder / "hf").is_dir()))
     if exported and last_step is not None:
         meta = read_meta(steps, last_step)

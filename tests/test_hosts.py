@@ -5,6 +5,7 @@ import concurrent.futures
 import json
 import pathlib
 import re
+import shutil
 import signal
 import socket
 
@@ -249,19 +250,21 @@ def test_a_run_that_is_stopped_in_every_way_ends_like_one_that_was_not(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [2, 1, 4])
 @pytest.mark.parametrize("events", [["TERM", None], [None, "TERM"], ["TERM", "TERM"], ["KILL", None], [None, "KILL"]])
-@pytest.mark.parametrize("point, count", [("step", 6), ("save", 1), ("evaluation", 2)])
-def test_every_stop_at_every_point(tmp_path, model_folder, rows, undisturbed, point, count, events, again):
+@pytest.mark.parametrize("point, count", [("step", 6), ("save", 2), ("evaluation", 2)])
+def test_every_stop_at_every_point(tmp_path, model_folder, rows, undisturbed, point, count, events):
+    """And each goes on with two processes, with one and with four."""
     config = config_of(tmp_path / "run", model_folder, rows)
     results = disturb(config, [event and (point, count, event) for event in events])
     if "KILL" in events:
         assert all(code not in (0, PREEMPTED) for code, _ in results), results
     else:
         assert stopped(results), results
-    results = disturb(config, [], again)
-    assert [code for code, _ in results] == [0] * again, results
-    (assert_bitwise if again == 2 else assert_close)(tmp_path / "run", undisturbed)
+    for again in (2, 1, 4):
+        copy = shutil.copytree(tmp_path / "run", tmp_path / f"on{again}")
+        results = disturb({**config, "output_dir": str(copy)}, [], again)
+        assert [code for code, _ in results] == [0] * again and "going on from step" in results[0][1], results
+        (assert_bitwise if again == 2 else assert_close)(copy, undisturbed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Whole runs: killed and resumed, finished, stopped, exported and loaded again."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 import orpo_jax
 from orpo_jax import config as config_lib
-from orpo_jax import convert, data, train
+from orpo_jax import convert, data, evaluate, hosts, train
 from orpo_jax import metrics as metrics_lib
 from orpo_jax import step as step_lib
 
@@ -111,6 +112,72 @@ def test_steps_then_resume_then_the_rest_is_bitwise_one_run(tmp_path, model_fold
     assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
     a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
     assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def terminate_at(monkeypatch, owner, name, count):
+    """Sends this process SIGTERM at one call of a function."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def test_sigterm_saves_and_the_rest_is_bitwise_one_run(tmp_path, model_folder, rows, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    whole, parts = (settings(tmp_path / name, model_folder, **rows, eval__batch_size=1) for name in ("whole", "parts"))
+    train.run(whole)
+    # In the fifth step; in the second batch of the evaluation at step 6, twice: it is owed from then on.
+    for owner, name, count, saved in ((metrics_lib.Meter, "add", 5, "5"), (evaluate, "to_devices", 2, "6"),
+                                      (evaluate, "to_devices", 2, "6")):
+        with monkeypatch.context() as patch, pytest.raises(hosts.Preempted) as stop:
+            terminate_at(patch, owner, name, count)
+            train.run(parts)
+        assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) is before
+        assert max(os.listdir(tmp_path / "parts" / "checkpoints"), key=int) == saved
+        assert not [line for line in lines_of(tmp_path / "parts") if line["step"] == 6 and "eval_loss" in line]
+    train.run(parts)
+    assert lines_of(tmp_path / "whole") == lines_of(tmp_path / "parts")
+    a, b = (load_file(tmp_path / name / "hf" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+def test_sigterm_before_the_first_step_ends_at_once_and_leaves_nothing(tmp_path, model_folder, rows, monkeypatch):
+    terminate_at(monkeypatch, data, "load_pairs", 1)
+    with pytest.raises(hosts.Preempted):
+        train.run(settings(tmp_path / "run", model_folder, **rows))
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_in_a_folder_of_their_own_outlive_the_run_s(tmp_path, model_folder, rows):
+    config = settings(tmp_path / "run", model_folder, **rows, checkpoint__folder=str(tmp_path / "steps"))
+    train.run(config, on_step=lambda step, _: step == 5)
+    assert sorted(os.listdir(tmp_path / "steps")) == ["4", "5"] and not (tmp_path / "run" / "checkpoints").exists()
+    orpo_jax.load_model(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    steps = []
+    train.run(config, on_step=lambda step, _: steps.append(step))
+    assert steps == list(range(6, 13))
+    convert.convert(str(tmp_path / "run"), str(tmp_path / "out"))
+    for name in ("README.md", "model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "run" / "hf" / name).read_bytes()
+    with pytest.raises(ValueError, match=r"holds a run of another config .*seed"):  # whose steps are there
+        train.run({**config, "seed": 1, "output_dir": str(tmp_path / "other")})
+    with pytest.raises(ValueError, match=r"checkpoint\.folder: the run has"):
+        train.run(settings(tmp_path / "run", model_folder, **rows))
+    train.run({**config, "seed": 1, "checkpoint": {**config["checkpoint"], "overwrite": True}},
+              on_step=lambda step, _: step == 1)
+    assert os.listdir(tmp_path / "steps") == ["1"]
+
+
+def test_a_bucket_needs_its_package(tmp_path, model_folder, rows, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"checkpoint\.folder: a bucket needs gcsfs, got 'gs://a/b'"):
+        train.run(settings(tmp_path / "run", model_folder, **rows, checkpoint__folder="gs://a/b"))
 
 
 def test_a_resume_may_change_what_moves_no_number(tmp_path, model_folder, rows):
