@@ -92,7 +92,7 @@ def test_a_tpu_slice(folder):
 
 
 def test_bytes_of_a_tpu_are_those_by_which_it_refuses():
-    """A head's weight over four chips, its gradient whole on each, and a sum of it: one that fits, and one that does not."""
+    """A head's weight over four chips, its gradient whole on each, and a sum of it: one fits, and one does not."""
     needs_libtpu()
     mesh = Mesh(np.array(compile_lib.topology_devices("v5e:2x2")), ("x",))
     rows, width = 4, 1024

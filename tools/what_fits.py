@@ -3,9 +3,9 @@
     python tools/what_fits.py llama-8b v5e    # compiles, and appends a line to docs/what_fits.jsonl for each program
     python tools/what_fits.py                 # prints the table of what is there, and writes it into docs/pods.md
 
-Each chip has one row of 2,048 tokens at a time and 8 pairs a step; float32 weights and AdamW, full recomputation. Weights
-lie over all chips (mesh.fsdp), and heads, mlp and words over four (mesh.tensor) where that alone does not fit. A line is
-the report of `orpo_jax.compile`. GPUs are by arithmetic. There is no LoRA here: the trainer has none yet.
+Each chip has one row of 2,048 tokens at a time and 8 pairs a step; float32 weights and AdamW, full recomputation.
+Weights lie over all chips (mesh.fsdp), and heads, mlp and words over four (mesh.tensor) where that alone does not fit.
+A line is the report of `orpo_jax.compile`. GPUs are by arithmetic. There is no LoRA here: the trainer has none yet.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from orpo_jax.families import Architecture, architecture
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 LINES, PAGE = DOCS / "what_fits.jsonl", DOCS / "pods.md"
 START, END = "<!-- what fits: written by `python tools/what_fits.py` -->\n", "\n<!-- end -->"
-MODELS = {"qwen2-0.5b": "Qwen2-0.5B", "qwen2-1.5b": "Qwen2-1.5B", "llama-3b": "Llama-3.2-3B", "llama-8b": "Llama-3.1-8B",
-          "qwen2.5-32b": "Qwen2.5-32B", "llama-70b": "Llama-3.1-70B"}
+MODELS = {"qwen2-0.5b": "Qwen2-0.5B", "qwen2-1.5b": "Qwen2-1.5B", "llama-3b": "Llama-3.2-3B",
+          "llama-8b": "Llama-3.1-8B", "qwen2.5-32b": "Qwen2.5-32B", "llama-70b": "Llama-3.1-70B"}
 ROW_LENGTH, PAIRS_PER_CHIP, TENSOR = 2048, 8, (1, 4)
 # 90 % of 80 GB. JAX takes 75 % of a GPU, unless XLA_PYTHON_CLIENT_MEM_FRACTION says more.
 H100_LIMIT, H100_COUNTS = 72e9, (1, 2, 4, 8, 16, 32, 64)
