@@ -201,7 +201,7 @@ def weigh(program: Program, topology: str, num_slices: int, rows: str, limit: in
                    program.remats()[-1], params, optimizer, gradients, limit, total=params + optimizer + gradients,
                    fits=False, useful_flops=useful,
                    least_seconds=useful / peak / program.mesh.size if peak else None)
-    if params + optimizer > limit:
+    if found.total > limit:  # the sum of gradients goes through the loop of micro-batches beside the state
         return found
     try:
         with jax.set_mesh(program.mesh):
@@ -327,10 +327,11 @@ def what_would_fit(program: Program, pairs: data.Pairs, report: Report) -> str:
         except ValueError as error:
             log.info("tried %s: %s", in_words(settings) or topology, error)
             return False
-        state = shard_bytes(other.abstract_state())
+        state = other.abstract_state()
+        least = shard_bytes(state) + shard_bytes(state.params, itemsize=4)
         what = in_words(settings) or f"--topology {topology}"
-        if state > limit:
-            log.info("tried %s: parameters and optimiser state alone take %.3f GB", what, state / 1e9)
+        if least > limit:
+            log.info("tried %s: parameters, optimiser state and gradients alone take %.3f GB", what, least / 1e9)
             return False
         tried += 1
         found = weigh(other, topology, report.num_slices, report.rows, limit)

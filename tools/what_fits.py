@@ -48,7 +48,7 @@ def cloud_name(topology: str) -> str:
 def candidates(kind: str) -> Iterator[tuple[str, int]]:
     """Yields (topology, mesh.tensor), the smallest slice first."""
     for shape in compile_lib.SLICES[kind]:
-        yield from ((f"{kind}:{shape}", tensor) for tensor in TENSOR if tensor == 1 or chips_of(shape) > tensor)
+        yield from ((f"{kind}:{shape}", tensor) for tensor in TENSOR if tensor <= chips_of(shape))
 
 
 def arithmetic(arch: Architecture, chips: int) -> float:
