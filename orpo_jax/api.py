@@ -131,19 +131,23 @@ class Step(NamedTuple):
 
 
 def find_step(path: pathlib.Path) -> Step | None:
-    """Returns the step of a run's folder, the newest, or of one of its step folders; None for anything else."""
-    if path.name.isdigit() and path.parent.name == "checkpoints":
-        if not path.is_dir():
-            raise ValueError(f"{path}: no such checkpoint; give the run's folder for the newest one")
-        return Step(path.parent.parent, epath.Path(path.parent), int(path.name))
-    run = read_run(path)
-    if run is None:
+    """Returns the newest step of a run's folder, or that of RUN/checkpoints/STEP; None for anything else.
+
+    The latter also where the run's checkpoint.folder is another.
+    """
+    is_step = path.name.isdigit() and path.parent.name == "checkpoints"
+    run = path.parent.parent if is_step else path
+    config = read_run(run)
+    if config is None:
+        check(not is_step, str(path), "must be RUN/checkpoints/STEP of a run's folder", str(run))
         return None
-    folder = checkpoint_folder(path, run.get("checkpoint", {}).get("folder"))
-    number = checkpoint.latest_step(folder)
+    folder = checkpoint_folder(run, config.get("checkpoint", {}).get("folder"))
+    number = int(path.name) if is_step else checkpoint.latest_step(folder)
     if number is None:
         raise ValueError(f"{path}: the run has no checkpoint yet")
-    return Step(path, folder, number)
+    if not (folder / str(number)).is_dir():
+        raise ValueError(f"{folder / str(number)}: no such checkpoint; give the run's folder for the newest one")
+    return Step(run, folder, number)
 
 
 def load_model(path: str | pathlib.Path, dtype: str = "float32", *, max_length: int | None = None) -> LoadedModel:

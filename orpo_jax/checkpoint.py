@@ -86,7 +86,8 @@ def _whole(path: epath.Path) -> Iterator[None]:
 def latest_step(folder: epath.PathLike) -> int | None:
     """Returns the newest whole checkpoint of a folder; None if there is none, or no such folder."""
     folder = epath.Path(folder)
-    return max(ocp.utils.checkpoint_steps(folder), default=None) if folder.is_dir() else None
+    steps = ocp.utils.checkpoint_steps_paths(folder) if folder.is_dir() else []
+    return max((int(path.name) for path in steps if path.name.isdigit()), default=None)
 
 
 def read_meta(folder: epath.PathLike, step: int) -> dict[str, Any]:

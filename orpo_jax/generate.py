@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from orpo_jax import head
 from orpo_jax.attention import cached_attention
@@ -36,6 +37,8 @@ def generate(graph: nnx.GraphDef, params: Any, prompts: Sequence[Sequence[int]],
         new = _generate(graph, params, ids_BT, longest - lengths_B, *rest)
     else:
         new = _decode(graph, params, ids_BT, lengths_B, decoder_start, *rest)
+    if not new.is_fully_addressable:  # of several processes, each of which decodes all of it
+        new = multihost_utils.process_allgather(new, tiled=True)
     stops = set(stop_ids)
     return [row[:next((i for i, token in enumerate(row) if token in stops), len(row))] for row in new.tolist()]
 

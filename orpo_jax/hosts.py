@@ -38,6 +38,8 @@ JOIN_SECONDS = 300
 AGREE_SECONDS = 3600
 # After how long of silence a process counts as dead, and the others end: JAX's own default is 100.
 HEARTBEAT_SECONDS = 30
+# How long a file system that hosts share may take to show one of them what another did; NFS remembers for a minute.
+SEE_SECONDS = 90
 # How long a process that fails stays, so that the others can read why: process 0 takes the store with it.
 LAST_WORDS_SECONDS, WATCH_SECONDS = 3.0, 1.0
 
@@ -86,6 +88,9 @@ def join(args: list[str]) -> list[str]:
     watch = threading.Thread(target=_watch, args=(ended,), daemon=True)
     watch.start()
     atexit.register(lambda: (ended.set(), watch.join()))
+    if jax.process_index() != index:  # a TPU numbers its hosts itself
+        raise ValueError(f"--process_id: must be {jax.process_index()} on {socket.gethostname()}, as its devices say, "
+                         f"got {index}; leave the flags out, or number the hosts so")
     set_up_logging()
     log.info("%d processes joined, on %s", count, ", ".join(dict.fromkeys(names)))
     return rest
@@ -135,7 +140,7 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> list[str]
 def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
     """Returns what process 0 tells all others, once all are there or it is too late."""
     came: dict[int, str] = {0: here}
-    waiting: list[socket.socket] = []
+    waiting: list[tuple[int, socket.socket]] = []
     problem = None
     try:
         server = (socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -155,7 +160,8 @@ def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
                 except (OSError, ValueError, KeyError, TypeError):  # no process of ours
                     connection.close()
                     continue
-                waiting.append(connection)
+                if any(i == index and _gone(earlier) for i, earlier in waiting):  # it was started again
+                    del came[index]
                 if other != count:
                     problem = (f"--num_processes: must be the same on all, got {count} on process 0 ({here}) and "
                                f"{other} on process {index} ({name})")
@@ -163,18 +169,31 @@ def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
                     problem = (f"--process_id: must differ, got {index} on {came[index]} and on {name}; number the "
                                f"processes from 0 to {count - 1}")
                 came[index] = name
+                waiting.append((index, connection))
         if problem is None and len(came) < count:
             absent = sorted(set(range(count)) - set(came))
             problem = (f"--num_processes: {count} processes must join, and {_listed(absent)} did not in time "
                        f"({', '.join(f'{i} is {came[i]}' for i in sorted(came)[:8])} did); start them, or see why they "
                        "failed")
         answer: dict[str, Any] = {"problem": problem} if problem else {"names": [came[i] for i in range(count)]}
-        for connection in waiting:
+        for _, connection in waiting:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(answer).encode() + b"\n")
                 connection.recv(1)  # the other side closes first, so that the port is free at once
             connection.close()
     return answer
+
+
+def _gone(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    finally:
+        connection.settimeout(10)
 
 
 def _report(host: str, port: int, said: Mapping[str, Any], deadline: float) -> dict[str, Any] | None:
@@ -187,7 +206,7 @@ def _report(host: str, port: int, said: Mapping[str, Any], deadline: float) -> d
                 connection.settimeout(left + JOIN_SECONDS)
                 if line := connection.makefile().readline():
                     return json.loads(line)
-        except OSError:
+        except (OSError, ValueError):  # not there yet, or still another program's
             pass
         time.sleep(0.2)
     return None
@@ -239,7 +258,7 @@ def exchange(value: Any) -> list[Any]:
 
 def told_by_first(question: Callable[[], T]) -> T:
     """Returns in every process what process 0 finds."""
-    return exchange(question() if jax.process_index() == 0 else None)[0]
+    return exchange(question() if runtime.process_id == 0 else None)[0]
 
 
 def agree(what: Mapping[str, Any]) -> None:
@@ -256,53 +275,71 @@ def agree(what: Mapping[str, Any]) -> None:
         raise ValueError("; ".join(problems.values()))
 
 
-def check_shared(folder: epath.Path, key: str) -> None:
-    """Raises a ValueError in every process unless all of them see the same folder, which process 0 makes."""
-    if not several():
-        return
-    probe = folder / f".shared-{told_by_first(lambda: uuid.uuid4().hex)}"
-    if runtime.process_id == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-    exchange("written")
-    blind = [i for i, sees in enumerate(exchange(probe.exists())) if not sees]
-    if runtime.process_id == 0:
-        probe.unlink()
-    if blind:
+def check_all_see(sees: Callable[[], bool], key: str, folder: epath.Path) -> None:
+    """Raises a ValueError in every process unless each of them sees what is in a folder, at once or a little later."""
+    deadline = time.monotonic() + SEE_SECONDS
+    while not (seen := sees()) and time.monotonic() < deadline:
+        time.sleep(1)
+    if blind := [i for i, one in enumerate(exchange(seen)) if not one]:
         raise ValueError(f"{key}: must be a folder that every host sees, got {str(folder)!r}, in which "
-                         f"{_listed(blind)} can't see what process 0 writes; choose one on a shared file system, or a "
+                         f"{_listed(blind)} can't see what process 0 does; choose one on a shared file system, or a "
                          "bucket for checkpoint.folder")
 
 
+def check_shared(folder: epath.Path, key: str) -> None:
+    """Raises a ValueError in every process unless all of them have the same file system where `folder` is to be."""
+    if not several():
+        return
+
+    def write() -> str:
+        # A bucket has no folders, only names.
+        nearest = folder if "://" in str(folder) else next(
+            parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+        probe = nearest / f".orpo_jax-{uuid.uuid4().hex}"
+        probe.write_text("")
+        return str(probe)
+
+    probe = epath.Path(told_by_first(write))
+    try:
+        check_all_see(probe.exists, key, folder)
+    finally:
+        if runtime.process_id == 0:
+            probe.unlink()
+
+
 # Stopping and failing
+
+
+_asks = 0  # of JAX's preemption service, which counts them over all runs of a process
 
 
 class Stop:
     """Whether this run was told to stop: SIGTERM to any of its processes, as of spot machines and of Slurm."""
 
     def __init__(self):
-        self.asks = 0
-        self.told = False
+        self.told = self.asked_before = False
         # Among several processes JAX's preemption service takes the signal, and settles where all of them stop.
-        self.connected = runtime.client is not None
-        if not self.connected and threading.current_thread() is threading.main_thread():
+        self.serviced = runtime.preemption_sync_manager is not None
+        if not self.serviced and threading.current_thread() is threading.main_thread():
             self.before: Any = signal.signal(signal.SIGTERM, self._tell)
 
     def _tell(self, *_: Any) -> None:
         self.told = True
-        if not self.asks:
+        if not self.asked_before:
             self.check()
 
     def asked(self) -> bool:
         """Returns the same answer in every process; each must ask equally often. Once True, a run has to stop."""
-        self.asks += 1
-        if self.connected and not self.told:
-            self.told = multihost_utils.reached_preemption_sync_point(self.asks)
+        self.asked_before = True
+        if self.serviced and not self.told:
+            global _asks
+            _asks += 1
+            self.told = multihost_utils.reached_preemption_sync_point(_asks)
         return self.told
 
     def check(self) -> None:
         """Raises Preempted if told to stop; to be called where nothing is to be saved."""
-        if self.told or (self.connected and self.asked()):
+        if self.told or (self.serviced and self.asked()):
             raise Preempted("stopped before a step was taken; the same command starts again")
 
     def __enter__(self) -> "Stop":

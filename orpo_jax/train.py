@@ -52,7 +52,8 @@ def run(config: Any, *, train_rows: Rows | None = None, eval_rows: Rows | None =
     """
     config = config if isinstance(config, Config) else config_lib.build(config)
     set_up_logging()
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Of several processes JAX lets only the first write there, and those of GPUs tune their kernels together.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and not hosts.several():
         jax.config.update("jax_compilation_cache_dir", str(data.CACHE / "xla"))
     with hosts.Stop() as stop:
         return _run(config, train_rows, eval_rows, optimizer, on_step, stop)
@@ -67,9 +68,13 @@ def _run(config: Config, train_rows: Rows | None, eval_rows: Rows | None,
     check_trackers(config.log.report_to)
     config_lib.check(config.eval.eval_strategy == "no" or eval_rows is not None or bool(config.data.eval),
                      "eval.eval_strategy", "needs data.eval", config.eval.eval_strategy)
-    hosts.agree({**config_lib.flat(config), "jax": jax.__version__, "orpo_jax": orpo_jax.__version__,
-                 "the newest checkpoint": latest_step(steps)})
+    hosts.agree({**config_lib.flat(config), "jax": jax.__version__, "orpo_jax": orpo_jax.__version__})
     last_step, replace, exported = hosts.told_by_first(lambda: (*open_run(folder, config), (folder / "hf").is_dir()))
+    shared = "output_dir" if config.checkpoint.folder is None else "checkpoint.folder"
+    if last_step is None:
+        hosts.check_shared(steps, shared)
+    else:
+        hosts.check_all_see(lambda: latest_step(steps) == last_step, shared, steps)
     if exported and last_step is not None:
         meta = read_meta(steps, last_step)
         if last_step == meta["total_steps"]:
@@ -88,7 +93,6 @@ def _run(config: Config, train_rows: Rows | None, eval_rows: Rows | None,
         state, record = first_state(job) if last_step is None else saved_state(job, steps, last_step)
         stop.check()
         start_run(folder, config, job.pretrained, afresh=last_step is None, replace=replace)
-        hosts.check_shared(steps, "output_dir" if config.checkpoint.folder is None else "checkpoint.folder")
         with (Checkpoints(steps, config.checkpoint) as checkpoints,
               contextlib.closing(Metrics(folder, config_lib.to_dict(config), last_step,
                                          not record.owes_evaluation)) as sinks):
@@ -255,6 +259,7 @@ def compile_step(job: Job) -> Callable:
     """Returns the compiled train step, with the least recomputation that fits the devices."""
     limit = min(hosts.exchange(step_lib.device_bytes(job.mesh.local_devices[0])))  # one step for all
     compiled = program_lib.compile_step(job, limit)
+    hosts.agree({"model.remat": compiled.remat})
     log.info("the step is compiled, in %.0f s: remat %s, %.1f GB of %.1f GB per device", compiled.seconds,
              compiled.remat, compiled.need / 1e9, limit / 1e9)
     if compiled.need > limit:
@@ -315,9 +320,8 @@ def show_samples(job: Job, params: weights.Params, pairs: data.Pairs) -> None:
 
 
 def main(args: list[str]) -> None:
-    args = hosts.join(args)
     with hosts.failing_together():
-        run(config_lib.from_args(args))
+        run(config_lib.from_args(hosts.join(args)))
 
 
 if __name__ == "__main__":

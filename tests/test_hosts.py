@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 
 import numpy as np
 import pod
@@ -32,7 +33,8 @@ def config_of(folder, model, rows, *, steps=10, **data):
     return {"output_dir": str(folder), "model": {"path": str(model)}, "data": {"max_length": 64, **rows, **data},
             "optim": {"learning_rate": 1e-3, "warmup_steps": 3}, "train": {"batch_size": BATCH, "max_steps": steps},
             "checkpoint": {"save_steps": 4}, "log": {"logging_steps": 1},
-            "eval": {"eval_strategy": "steps", "eval_steps": 5, "batch_size": 2}}
+            "eval": {"eval_strategy": "steps", "eval_steps": 5, "batch_size": 2,
+                     "generate": {"num_samples": 4, "max_new_tokens": 2}}}
 
 
 def lines_of(folder):
@@ -123,6 +125,20 @@ def test_all_that_came_say_what_is_wrong(told, timeout, problem):
     assert all(problem in answer for answer in answers), answers
 
 
+def test_one_that_is_started_again_while_the_others_wait():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = server.getsockname()
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        join = lambda index: pool.submit(hosts.roll_call, "{}:{}".format(*address), 3, index, 10.0)
+        joined = [join(0)]
+        time.sleep(0.3)
+        with socket.create_connection(address) as dead:
+            dead.sendall(json.dumps({"index": 1, "count": 3, "host": "dead"}).encode() + b"\n")
+            time.sleep(0.3)
+        joined += [join(1), join(2)]
+        assert [one.result() for one in joined] == [[socket.gethostname()] * 3] * 3
+
+
 def test_process_0_that_never_comes_is_named():
     [answer] = roll_call([(2, 1)], 0.5)
     assert "--coordinator_address: process 0 must answer at 127.0.0.1:" in answer
@@ -153,14 +169,12 @@ def test_a_run_that_is_told_nothing_is_alone():
 
 def test_two_that_differ_are_named_in_both(tmp_path, model_folder, rows):
     """Each case in turn; then one of them fails, and both end."""
-    (tmp_path / "both").mkdir()
-    (tmp_path / "own1").mkdir()
     results = pod.finish(pod.start([{"folder": str(tmp_path), "index": i} for i in range(2)],
                                    script=pathlib.Path(__file__)))
     for code, output in results:
         assert code == 1
         for line in ("agreed", "seed: must be the same on every host, got 0 on process 0", "and 1 on process 1",
-                     "in which process 1 can't see what process 0 writes", "process 1 is the one"):
+                     "in which process 1 can't see what process 0 does", "process 1 is the one"):
             assert line in output, (line, output)
     assert "optim" not in results[0][1]
 
@@ -169,15 +183,17 @@ def member(spec, args):
     """What each of those two does."""
     from etils import epath
 
+    hosts.SEE_SECONDS = 1
     hosts.join(args)
     folder, index = epath.Path(spec["folder"]), spec["index"]
     with hosts.failing_together():
         hosts.agree({"seed": 3, "optim": {"lr": [1.0]}})
         assert hosts.exchange(index) == [0, 1] and hosts.told_by_first(lambda: index) == 0
-        hosts.check_shared(folder / "both", "output_dir")
+        hosts.check_shared(folder / "new" / "one", "output_dir")
+        assert not list(folder.iterdir())
         print("agreed")
         for wrong in (lambda: hosts.agree({"seed": index, "optim": 1}),
-                      lambda: hosts.check_shared(folder / f"own{index}", "output_dir")):
+                      lambda: hosts.check_all_see(lambda: index == 0, "output_dir", folder)):
             try:
                 wrong()
                 raise SystemExit("nothing was wrong")
