@@ -4,7 +4,7 @@
 #     sbatch --nodes=4 tools/slurm_gpu.sh --config configs/NAME.py --config.output_dir=/shared/runs/NAME
 #
 # From the project's folder, with the environment that has orpo_jax active (sbatch passes it on).
-# output_dir must be a folder that all nodes see.
+# output_dir, or checkpoint.folder, must be one that all nodes see.
 
 #SBATCH --job-name=orpo_jax
 #SBATCH --output=%x-%j.log
