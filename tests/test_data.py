@@ -1,5 +1,6 @@
 """From rows of any source to the batch of step s: the same pairs, once an epoch, in an order that only a seed sets."""
 
+import dataclasses
 import gzip
 import itertools
 import json
@@ -298,6 +299,24 @@ def test_a_batch_holds_its_members_and_nothing_else(pretrained):
         assert float(batch.counts.pairs) == len(info.branches) == len(members)
         assert float(batch.counts.nll_weight) == sum(len(p.chosen_ids) - 1 for p in members)
         assert info.tokens == sum(len(p.chosen_ids) + len(p.rejected_ids) - 1 - max(p.shared, 1) for p in members)
+
+
+@pytest.mark.parametrize("own", [(0,), (3,), (1, 2), (0, 1, 2, 3)])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_host_s_rows_are_its_shards_of_the_batch(pretrained, own, packing):
+    whole = make_batches(pretrained, shards=4, batch_size=12, packing=packing)
+    part = dataclasses.replace(whole, shards=own)
+    per_shard = whole.layout.rows // 4
+    mine = [shard * per_shard + i for shard in own for i in range(per_shard)]
+    for step in range(whole.steps_per_epoch):
+        (batch, info), (rows, same_info) = whole.batch(step), part.batch(step)
+        for group, own_group in zip(batch.groups, rows.groups, strict=True):
+            jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, mine], b), group.rows, own_group.rows)
+            assert group.num_micro == own_group.num_micro
+        assert rows.counts == batch.counts
+        assert info.slots == same_info.slots and info.branches.tolist() == same_info.branches.tolist()
+        jax.tree.map(lambda x, shape: (x.shape, x.dtype) == (shape.shape, shape.dtype) or pytest.fail(str(shape)),
+                     batch, whole.shapes())
 
 
 @pytest.mark.parametrize(("epochs", "max_steps", "steps"), [

@@ -78,6 +78,19 @@ def test_weights_cover_prompt_and_chosen_once(seed, share):
     np.testing.assert_allclose(rows.nll_weights.sum(), sum(len(pair.chosen_ids) > 1 for pair in pairs), rtol=1e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["sequence", "completion"]),
+       st.sampled_from(["token", "sequence"]), st.integers(0, 1))
+def test_what_a_pair_weighs_is_known_before_its_row_is_built(seed, share, scope, reduction, tail):
+    """By this a host knows the step's counts without the rows of others."""
+    rng = np.random.default_rng(seed)
+    pairs = [random_pair(rng, max_response=2) for _ in range(rng.integers(1, 9))]
+    _, rows = build(pairs, share, nll_scope=scope, nll_reduction=reduction, tail=tail)
+    weights_P2 = packing.weigh(np.array([[len(p.chosen_ids), len(p.rejected_ids)] for p in pairs]),
+                               np.array([[p.chosen_prompt, p.rejected_prompt] for p in pairs]), scope, reduction, tail)
+    np.testing.assert_allclose(weights_P2.sum(axis=0), [rows.nll_weights.sum(), rows.pair_weights.sum()], rtol=1e-6)
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=60), st.integers(1, 5))
 def test_every_pair_is_packed_once_and_fits(lengths, max_pairs):
