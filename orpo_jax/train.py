@@ -93,6 +93,7 @@ def _run(config: Config, train_rows: Rows | None, eval_rows: Rows | None,
         state, record = first_state(job) if last_step is None else saved_state(job, steps, last_step)
         stop.check()
         start_run(folder, config, job.pretrained, afresh=last_step is None, replace=replace)
+        hosts.exchange("started")  # process 0 may have deleted checkpoints, which the others must not see any more
         with (Checkpoints(steps, config.checkpoint) as checkpoints,
               contextlib.closing(Metrics(folder, config_lib.to_dict(config), last_step,
                                          not record.owes_evaluation)) as sinks):
