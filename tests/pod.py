@@ -18,17 +18,16 @@ DEVICES = 4
 FOLDER = pathlib.Path(__file__).parent
 
 
-def start(specs: list[Any], *, script: pathlib.Path = FOLDER / "pod.py", flags: tuple[str, ...] = (),
-          count: int | None = None) -> list[subprocess.Popen]:
-    """Starts a process for each spec, with four devices in all. count: of a run that some never join."""
+def start(specs: list[Any], *, script: pathlib.Path = FOLDER / "pod.py") -> list[subprocess.Popen]:
+    """Starts a process for each spec, with four devices in all."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    count = count or len(specs)
+    count = len(specs)
     environment = {**os.environ, "PYTHONPATH": f"{FOLDER.parent}{os.pathsep}{FOLDER}",
                    "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count}"}
     return [subprocess.Popen(
         [sys.executable, str(script), json.dumps(spec), f"--coordinator_address=127.0.0.1:{port}",
-         f"--num_processes={count}", f"--process_id={i}", *flags],
+         f"--num_processes={count}", f"--process_id={i}"],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for i, spec in enumerate(specs)]
 
 
