@@ -200,9 +200,8 @@ class Pairs(Sequence[Pair]):
         return packing.pair_length(chosen, rejected, self._shared[self.keep], share_prompt)
 
     def branches(self, share_prompt: bool) -> np.ndarray:
-        """Returns the positions of each pair's trunk, and of its chosen and rejected branch with it, [pairs, 3]."""
-        trunk = packing.trunk_length(self._shared[self.keep], share_prompt)
-        return np.column_stack([trunk, self.sequence_lengths() + self.tail - 1])
+        """Returns what packing.branch_lengths does of each pair."""
+        return packing.branch_lengths(self.sequence_lengths() + self.tail, self._shared[self.keep], share_prompt)
 
     def sizes(self, share_prompt: bool) -> np.ndarray:
         """Returns what each pair takes of a row, [pairs, 4]: a Room of each."""

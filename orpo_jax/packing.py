@@ -57,10 +57,12 @@ def pair_length(chosen_length: Any, rejected_length: Any, shared: Any, share_pro
     return chosen_length + rejected_length - 2 - trunk_length(shared, share_prompt)
 
 
-def branch_lengths(pairs: Iterable[Pair], share_prompt: bool) -> np.ndarray:
-    """Returns the positions of each pair's trunk, and of its chosen and rejected branch with it, [pairs, 3]."""
-    return np.array([[trunk_length(pair.shared, share_prompt), len(pair.chosen_ids) - 1, len(pair.rejected_ids) - 1]
-                     for pair in pairs])
+def branch_lengths(lengths_P2: np.ndarray, shared_P: np.ndarray, share_prompt: bool) -> np.ndarray:
+    """Returns the positions of each pair's trunk, and of its chosen and rejected branch with it, [pairs, 3].
+
+    lengths_P2: tokens of the whole chosen and rejected sequence; shared_P: of the prompts' common start.
+    """
+    return np.column_stack([trunk_length(shared_P, share_prompt), lengths_P2 - 1])
 
 
 def weigh(lengths_P2: np.ndarray, prompts_P2: np.ndarray, nll_scope: str, nll_reduction: str, tail: int = 0

@@ -64,7 +64,7 @@ def test_useful_flops_are_those_of_the_rows(settings):
     rows = packing.build_rows([packing.Pair(*pair) for pair in some], [[*range(6)]], num_rows=1, row_length=1024,
                               max_pairs=6, share_prompt=True, nll_scope="sequence", nll_reduction="token")
     end = int(rows.bounds[..., 3].max())
-    branches = packing.branch_lengths(some, share_prompt=True)
+    branches = benchmark.branches(some)
     assert (branches @ (-1, 1, 1)).sum() == end
     k, q = np.mgrid[:end, :end]
     assert flops.visible_keys(branches, None) == ((k <= q) & (q < rows.q_end[0, :end, None])).sum()
@@ -137,7 +137,7 @@ def test_a_run_is_timed_and_counted(settings, ours):
     assert len(ours["seconds"]) == len(ours["computed_tokens"]) == settings.steps
     assert ours["compile_seconds"] > 0 and ours["peak_bytes"] > 2**20
     step = pairs.load(settings.pairs_file)
-    assert (packing.branch_lengths(step, share_prompt=True) @ (-1, 1, 1)).sum() <= ours["computed_tokens"][0]
+    assert (benchmark.branches(step) @ (-1, 1, 1)).sum() <= ours["computed_tokens"][0]
 
 
 WORK = report.Work(pairs=10, tokens=[100, 300], flops_per_pair=5.0, peak_flops=100.0)

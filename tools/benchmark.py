@@ -162,7 +162,8 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path, shape: str) -> Setti
 
 def branches(pairs: Sequence[pairs_lib.Pair]) -> np.ndarray:
     """Returns what packing.branch_lengths does, of pairs that share their prompts."""
-    return packing.branch_lengths([packing.Pair(*pair) for pair in pairs], share_prompt=True)
+    return packing.branch_lengths(np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs]),
+                                  np.array([pair.shared for pair in pairs]), share_prompt=True)
 
 
 def make_work(settings: Settings, arch: Architecture) -> report.Work:
