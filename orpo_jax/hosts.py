@@ -139,8 +139,8 @@ def roll_call(address: str, count: int, index: int, timeout: float) -> list[str]
 
 def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
     """Returns what process 0 tells all others, once all are there or it is too late."""
-    came: dict[int, str] = {0: here}
-    waiting: list[tuple[int, socket.socket]] = []
+    waiting: list[tuple[int, str, socket.socket]] = []
+    came = {0: here}
     problem = None
     try:
         server = (socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -160,8 +160,8 @@ def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
                 except (OSError, ValueError, KeyError, TypeError):  # no process of ours
                     connection.close()
                     continue
-                if any(i == index and _gone(earlier) for i, earlier in waiting):  # it was started again
-                    del came[index]
+                waiting = [one for one in waiting if one[0] != index or not _gone(one[2])]  # it was started again
+                came = {0: here} | {i: where for i, where, _ in waiting}
                 if other != count:
                     problem = (f"--num_processes: must be the same on all, got {count} on process 0 ({here}) and "
                                f"{other} on process {index} ({name})")
@@ -169,14 +169,14 @@ def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
                     problem = (f"--process_id: must differ, got {index} on {came[index]} and on {name}; number the "
                                f"processes from 0 to {count - 1}")
                 came[index] = name
-                waiting.append((index, connection))
+                waiting.append((index, name, connection))
         if problem is None and len(came) < count:
             absent = sorted(set(range(count)) - set(came))
             problem = (f"--num_processes: {count} processes must join, and {_listed(absent)} did not in time "
                        f"({', '.join(f'{i} is {came[i]}' for i in sorted(came)[:8])} did); start them, or see why they "
                        "failed")
         answer: dict[str, Any] = {"problem": problem} if problem else {"names": [came[i] for i in range(count)]}
-        for _, connection in waiting:
+        for *_, connection in waiting:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(answer).encode() + b"\n")
                 connection.recv(1)  # the other side closes first, so that the port is free at once
