@@ -26,7 +26,7 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, config: CheckpointConfig | None = None):
         folder = epath.Path(folder)
-        # epath makes of gs://bucket a local path "gs:/bucket" if it is made absolute, which it is.
+        # `absolute` would make the local path "CWD/gs:/bucket" of gs://bucket, which is absolute already.
         self.folder = folder if folder.is_absolute() else folder.absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.save_total_limit if config else None, create=config is not None,
