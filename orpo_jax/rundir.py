@@ -63,7 +63,8 @@ def open_run(folder: pathlib.Path, config: Config) -> tuple[int | None, bool]:
                          "choose another")
     steps = checkpoint_folder(folder, config.checkpoint.folder)
     newest = latest_step(steps)
-    if newest is not None:  # the disk that output_dir was on may be gone, and the bucket still there
+    # Steps of a folder of their own say themselves whose they are: the disk that output_dir was on may be gone.
+    if newest is not None and config.checkpoint.folder is not None:
         saved[str(steps)] = read_meta(steps, newest)["config"]
     if not saved:
         return None, False

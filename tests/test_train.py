@@ -174,6 +174,15 @@ def test_checkpoints_in_a_folder_of_their_own_outlive_the_run_s(tmp_path, model_
     assert os.listdir(tmp_path / "steps") == ["1"]
 
 
+def test_a_damaged_run_may_be_deleted_for_another(tmp_path, model_folder, rows):
+    """Whose config.json says enough of it."""
+    config = settings(tmp_path / "run", model_folder, **rows)
+    train.run(config, on_step=lambda step, _: step == 1)
+    (tmp_path / "run" / "checkpoints" / "1" / "meta" / "metadata").write_text("{")
+    train.run({**config, "seed": 1, "checkpoint": {"overwrite": True}}, on_step=lambda step, _: step == 2)
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
+
+
 def test_a_bucket_needs_its_package(tmp_path, model_folder, rows, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"checkpoint\.folder: a bucket needs gcsfs, got 'gs://a/b'"):
