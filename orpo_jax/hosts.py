@@ -160,7 +160,7 @@ def _hear(port: int, count: int, here: str, deadline: float) -> dict[str, Any]:
                 except (OSError, ValueError, KeyError, TypeError):  # no process of ours
                     connection.close()
                     continue
-                waiting = [one for one in waiting if one[0] != index or not _gone(one[2])]  # it was started again
+                waiting = [one for one in waiting if not _gone(one[2])]  # what is gone may be started again
                 came = {0: here} | {i: where for i, where, _ in waiting}
                 if other != count:
                     problem = (f"--num_processes: must be the same on all, got {count} on process 0 ({here}) and "

@@ -125,7 +125,8 @@ def test_all_that_came_say_what_is_wrong(told, timeout, problem):
     assert all(problem in answer for answer in answers), answers
 
 
-def test_one_that_is_started_again_while_the_others_wait():
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_one_that_is_started_again_while_the_others_wait(order):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
@@ -135,7 +136,9 @@ def test_one_that_is_started_again_while_the_others_wait():
         with socket.create_connection(address) as dead:
             dead.sendall(json.dumps({"index": 1, "count": 3, "host": "dead"}).encode() + b"\n")
             time.sleep(0.3)
-        joined += [join(1), join(2)]
+        for index in order:
+            joined.append(join(index))
+            time.sleep(0.3)
         assert [one.result() for one in joined] == [[socket.gethostname()] * 3] * 3
 
 
