@@ -79,7 +79,7 @@ def alone(tmp_path_factory, model_folder, rows):
     return folder
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_train_like_one(tmp_path, model_folder, rows, alone, count):
     configs = layouts(tmp_path, model_folder, rows)
     results = pod.finish(pod.start([{"configs": configs, "seen": str(tmp_path / f"{i}.json")} for i in range(count)]))

@@ -88,7 +88,7 @@ def kill_and_restart(tmp_path, config, kills, rng):
     return resumed + ("going on from step" in output)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_run_killed_many_times_ends_like_one_that_was_not(tmp_path, model_folder, rows, kills):
     common = rows | dict(train__max_steps=120 * kills, checkpoint__save_steps=17, checkpoint__save_total_limit=2,
                          log__logging_steps=5, eval__eval_steps=20)
