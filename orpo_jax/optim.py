@@ -106,6 +106,19 @@ def keep_state_dtypes(transform: optax.GradientTransformation) -> optax.Gradient
     return optax.GradientTransformation(transform.init, update)
 
 
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Returns what scales gradients down to a norm of `limit`, all of them by one factor.
+
+    Source: torch.nn.utils.clip_grad_norm_. One factor for all is a product that fuses into what follows; optax divides
+    each gradient, which XLA for CPUs lays down as an array of its own (0.54 GB for SmolLM2-135M).
+    """
+    def update(updates, state, params=None):
+        factor = jnp.minimum(1.0, limit / (optax.global_norm(updates) + 1e-6))
+        return jax.tree.map(lambda grad: grad * factor, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def adafactor() -> optax.GradientTransformation:
     """Returns Adafactor's direction, without momentum, for tensors that are not stacked.
 
@@ -143,7 +156,7 @@ def make_optimizer(config: OptimConfig, total_steps: int, decay_mask: Any) -> op
     limit = config.max_grad_norm
     return keep_state_dtypes(
         optax.chain(
-            optax.identity() if limit is None else optax.clip_by_global_norm(limit),
+            optax.identity() if limit is None else clip_by_global_norm(limit),
             direction,
             optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
             optax.scale_by_learning_rate(learning_rate_schedule(config, total_steps)),

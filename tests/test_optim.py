@@ -264,6 +264,22 @@ def test_only_masked_in_weights_decay(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7), updates, expected)
 
 
+def test_clipping_makes_no_array():
+    """XLA for CPUs laid a quotient of every gradient down: as many bytes again as the weights have."""
+    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes(L=30),
+                          is_leaf=lambda x: isinstance(x, tuple))
+    optimizer = make_optimizer(OptimConfig(max_grad_norm=1.0), 20, MASK)
+
+    def step(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    # Donated as a train step's: else what is returned would be room for it.
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
+        params, jax.eval_shape(optimizer.init, params), params).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 2.0])
 def test_clips_to_the_limit_or_not_at_all(max_grad_norm):
     tree = shapes()
