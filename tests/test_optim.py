@@ -42,15 +42,19 @@ def gradients(tree, step):
     return normal(tree, seed=100 + step, scale=1e-3 if step % 2 else 1.0)
 
 
-def run(config, params, mask, steps, total_steps=20):
-    """Returns the parameters after each step, numpy arrays."""
-    optimizer = make_optimizer(config, total_steps, mask)
-
-    @jax.jit
-    def train_step(params, state, grads):
+def jitted_step(optimizer, **options):
+    """Returns the jitted `(params, state, grads) -> (params, state)`."""
+    def step(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    return jax.jit(step, **options)
+
+
+def run(config, params, mask, steps, total_steps=20):
+    """Returns the parameters after each step, numpy arrays."""
+    optimizer = make_optimizer(config, total_steps, mask)
+    train_step = jitted_step(optimizer)
     state, history = jax.jit(optimizer.init)(params), []
     for grads in steps:
         params, state = train_step(params, state, grads)
@@ -269,13 +273,8 @@ def test_clipping_makes_no_array():
     params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes(L=30),
                           is_leaf=lambda x: isinstance(x, tuple))
     optimizer = make_optimizer(OptimConfig(max_grad_norm=1.0), 20, MASK)
-
-    def step(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
     # Donated as a train step's: else what is returned would be room for it.
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(
+    compiled = jitted_step(optimizer, donate_argnums=(0, 1)).lower(
         params, jax.eval_shape(optimizer.init, params), params).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * sum(4 * leaf.size for leaf in jax.tree.leaves(params))
 
