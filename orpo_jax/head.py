@@ -195,16 +195,30 @@ def _rows(settings: Settings, wanted: Wanted, words: Words, hidden_BTD: Array, w
         of_scored = of_row._replace(targets=pick(of_row.targets), nll_weights=pick(of_row.nll_weights),
                                     segments=pick(of_row.segments))
         part, dhidden_CD, dweights = _row(settings, wanted, words, pick(hidden_TD), of_scored, weight_VD, bias_V,
-                                          counts, dweights)
+                                          total_word, counts, dweights)
         dhidden_TD = None if dhidden_CD is None else put(dhidden_CD)
         if dhidden_TD is not None and "sequence" in words.axes:
             dhidden_TD = jax.lax.psum_scatter(dhidden_TD, "sequence", scatter_dimension=0, tiled=True)
         return dweights, (part, dhidden_TD)
 
+    total_word = _total(words, weight_VD, bias_V)
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) if x is not None and want else None
                   for x, want in ((weight_VD, wanted.weight), (bias_V, wanted.bias)))
     dweights, (parts, dhidden_BTD) = jax.lax.scan(one_row, zeros, (hidden_BTD, rows))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts), (dhidden_BTD, *dweights)
+
+
+class TotalWord(NamedTuple):
+    """The sum of a device's words, float32: what it gives a hidden state is the sum of their logits."""
+
+    weight_D: Array
+    bias: Array | float
+
+
+def _total(words: Words, weight_VD: Array, bias_V: Array | None) -> TotalWord:
+    is_word_V = (words.index_V >= 0).astype(jnp.float32)
+    return TotalWord(jnp.sum(weight_VD * is_word_V[:, None], axis=0),
+                     0.0 if bias_V is None else jnp.sum(bias_V * is_word_V))
 
 
 def _scored(row: Rows, count: int) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
@@ -220,7 +234,8 @@ def _scored(row: Rows, count: int) -> tuple[Callable[[Array], Array], Callable[[
 
 
 def _row(settings: Settings, wanted: Wanted, words: Words, hidden_TD: Array, row: Rows, weight_VD: Array,
-         bias_V: Array | None, counts: Counts, dweights: Any) -> tuple[Any, Array | None, Any]:
+         bias_V: Array | None, total_word: TotalWord, counts: Counts, dweights: Any
+         ) -> tuple[Any, Array | None, Any]:
     """Returns a row's loss and sums, the gradient of its hidden states, and `dweights` with its part added."""
     words_V, first = words.index_V, words.index_V[0]
     if words.axes:
@@ -234,14 +249,17 @@ def _row(settings: Settings, wanted: Wanted, words: Words, hidden_TD: Array, row
     def logits_of(hidden_CD: Array) -> Array:
         return of_words(logits(hidden_CD, weight_VD, bias_V, settings.softcap), NO_WORD)
 
-    def read(logits_CV: Array, targets_C: Array) -> tuple[Array, Array, Array]:
+    def read(hidden_CD: Array, logits_CV: Array, targets_C: Array) -> tuple[Array, Array, Array]:
         """Returns each target's logit, the log of the sum of all exps, and the mean logit."""
         max_C = largest(jnp.max(logits_CV, axis=-1))
         at_C = jnp.clip(targets_C - first, 0, weight_VD.shape[0] - 1)
         target_C = jnp.where(words_V[at_C] == targets_C, jnp.take_along_axis(logits_CV, at_C[:, None], 1)[:, 0], 0.0)
         sum_C = across(jnp.sum(jnp.exp(logits_CV - max_C[:, None]), axis=-1))
-        mean_C = across(jnp.sum(of_words(logits_CV, 0.0), axis=-1)) / words.total
-        return across(target_C), max_C + jnp.log(sum_C), mean_C
+        if settings.softcap is None:  # the sum of linear maps is one: no pass over all logits
+            total_C = jnp.sum(hidden_CD.astype(jnp.float32) * total_word.weight_D, axis=-1) + total_word.bias
+        else:
+            total_C = jnp.sum(of_words(logits_CV, 0.0), axis=-1)
+        return across(target_C), max_C + jnp.log(sum_C), across(total_C) / words.total
 
     def pull_back(dweights: Any, chunk: tuple[Array, ...]) -> tuple[Any, Array | None]:
         """Returns `dweights` with a chunk's gradients of weight and bias added, and that of its hidden states."""
@@ -275,10 +293,10 @@ def _row(settings: Settings, wanted: Wanted, words: Words, hidden_TD: Array, row
 
     if settings.chunks == 1:
         logits_TV = logits_of(hidden_TD)
-        target_T, lse_T, mean_T = read(logits_TV, row.targets)
+        target_T, lse_T, mean_T = read(hidden_TD, logits_TV, row.targets)
     else:
-        target_T, lse_T, mean_T = joined(jax.lax.map(lambda chunk: read(logits_of(chunk[0]), chunk[1]),
-                                                     in_chunks(hidden_TD, row.targets)))
+        target_T, lse_T, mean_T = joined(jax.lax.map(
+            lambda chunk: read(chunk[0], logits_of(chunk[0]), chunk[1]), in_chunks(hidden_TD, row.targets)))
     if not any(wanted):
         return loss_of(target_T - lse_T, mean_T), None, dweights
     part, dlogps_T = jax.value_and_grad(loss_of, has_aux=True)(target_T - lse_T, mean_T)
