@@ -379,6 +379,27 @@ class BatchInfo(NamedTuple):
         return packing.count_positions(self.branches) + int(self.encoded.sum())
 
 
+class Costs(NamedTuple):
+    """What decides the shapes of batches on a platform."""
+
+    row_unit: int  # row lengths are multiples of this: of a TPU's tiles on accelerators, of a vector on CPU
+    micro_tokens: int  # positions of one micro-batch on one device, at most: its activations must fit
+    # What a micro-batch costs beside its positions, in positions. Gradients are zeroed, written and added, 20 bytes a
+    # weight; a position takes 6 FLOPs a weight. On two CPU cores (8 GB/s, 250 GFLOP/s) that makes 100 positions.
+    micro_cost: int
+    slack: float  # how much more than the best a layout may cost that is simpler
+
+
+ROW_UNIT, CPU_ROW_UNIT = 128, 64
+COSTS = {
+    "cpu": Costs(CPU_ROW_UNIT, 2048, 128, 0.02),
+    "tpu": Costs(ROW_UNIT, 4096, 128, 0.02),
+    # Measured on an H200 (Qwen2-0.5B's shape): 10 micro-batches fewer a step save what 4,000 positions cost. Every row
+    # length is a compiled copy of all layers (model.unrolls).
+    "gpu": Costs(ROW_UNIT, 8192, 400, 0.05),
+}
+
+
 class Room(NamedTuple):
     """What a row has, and a pair takes."""
 
@@ -403,6 +424,7 @@ class Layout:
     packing: bool = True
     scored_length: int | None = None  # Room.scored of the longest row; None: every position is scored
     encoder_length: int | None = None  # tokens of the prompt beside each row; None: there is none
+    micro_cost: int = 0  # Costs.micro_cost
 
     @property
     def rows(self) -> int:
@@ -454,7 +476,7 @@ class Layout:
     def _cost(self, num_micro: Sequence[int], key_cost: float = 0.0) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
         beside = self.encoder_length or 0
-        return sum(n * (self.rows_per_device * (length * (1 + key_cost * length / 2) + beside) + MICRO_BATCH_COST)
+        return sum(n * (self.rows_per_device * (length * (1 + key_cost * length / 2) + beside) + self.micro_cost)
                    for n, length in zip(num_micro, self.row_lengths, strict=True))
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
@@ -477,17 +499,8 @@ class Layout:
             max(self.slots(self.num_micro(self.plan(step))), 1) for step in steps)
 
 
-# Row lengths are multiples of this: of a TPU's tiles on accelerators, of a vector on CPU.
-ROW_UNIT, CPU_ROW_UNIT = 128, 64
-# Positions of one micro-batch on one device, at most: its activations must fit.
-MICRO_BATCH_TOKENS, CPU_MICRO_BATCH_TOKENS = 4096, 2048
-# What a micro-batch costs beside its positions, in positions. Gradients are zeroed, written and added, 20 bytes a
-# weight; a position takes 6 FLOPs a weight. On two CPU cores (8 GB/s, 250 GFLOP/s) that makes 100 positions, and by
-# their data sheets about 400 on an H100 or a v5e.
-MICRO_BATCH_COST = 128
-# Pairs that layouts are tried on, and how much more than the best a layout may cost that is simpler.
+# Pairs that layouts are tried on.
 SAMPLE_PAIRS = 2048
-SLACK = 0.02
 # With train.rows_per_step: pairs that are packed together, and tokens of a row. 1,024 pairs fill 99 % of such rows.
 PACKING_BUFFER = 1024
 FULL_ROW_LENGTH = 2048
@@ -506,8 +519,8 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         config = dataclasses.replace(config, packing=False)  # an encoder reads one prompt to a row
     sizes = pairs.sizes(config.share_prompt)
     lengths, _, expanded, scored = sizes.T
-    on_cpu = platform == "cpu"
-    unit = CPU_ROW_UNIT if on_cpu else ROW_UNIT
+    costs = COSTS.get(platform, COSTS["tpu"])
+    unit = costs.row_unit
     round_up = lambda length: max(-(-int(length) // unit) * unit, unit)
     longest = int(lengths.max())
     encoder_length = round_up(pairs.encoder_lengths().max()) if pairs.encodes else None
@@ -544,19 +557,20 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
             expanded_length = enough(expanded) if attention == "splash" else 2 * top
             scored_length = enough(scored) if nll_scope == "completion" else None
-            most = (CPU_MICRO_BATCH_TOKENS if on_cpu else MICRO_BATCH_TOKENS) // (top + (encoder_length or 0))
+            most = costs.micro_tokens // (top + (encoder_length or 0))
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
                 yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
-                             config.share_prompt, config.packing, scored_length, encoder_length)
+                             config.share_prompt, config.packing, scored_length, encoder_length, costs.micro_cost)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:
         return layouts[0]
     sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
-    costs = [layout.cost(steps, key_cost) for layout in layouts]
-    good = [layout for layout, cost in zip(layouts, costs, strict=True) if cost <= min(costs) * (1 + SLACK)]
+    of_layouts = [layout.cost(steps, key_cost) for layout in layouts]
+    good = [layout for layout, cost in zip(layouts, of_layouts, strict=True)
+            if cost <= min(of_layouts) * (1 + costs.slack)]
     # Few lengths make a program that compiles fast, short rows take little memory.
     return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],
                                          layout.row_lengths[-1]))

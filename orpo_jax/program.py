@@ -18,7 +18,7 @@ from orpo_jax.config import Config, check
 from orpo_jax.data import Batches
 from orpo_jax.families import Architecture
 from orpo_jax.metrics import log
-from orpo_jax.model import remat_ladder
+from orpo_jax.model import remat_ladder, unrolls
 from orpo_jax.sharding import num_shards, own_shards
 
 
@@ -100,9 +100,10 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     pairs.tail = int(bool(coef))  # the routers' statistics have the last response token too
     layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh), platform,
                               rows_per_step, attention, config.orpo.nll_scope, flops.key_cost(arch, attention))
+    model = step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
+                                attention, coef)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
-            step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
-                                attention, coef))
+            dataclasses.replace(model, unroll=unrolls(platform)))
 
 
 def router_coef(config: Config, arch: Architecture) -> float:

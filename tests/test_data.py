@@ -376,7 +376,8 @@ def test_the_process_and_the_epoch_leave_shapes_alone(pretrained):
 @pytest.mark.parametrize("changes", [{}, dict(packing=False), dict(share_prompt=False), dict(row_length=100),
                                      dict(rows_per_device="auto"), dict(shards=8), dict(batch_size=1),
                                      dict(rows_per_step=3), dict(attention="cudnn"), dict(attention="splash"),
-                                     dict(platform="tpu", rows_per_device="auto")])
+                                     dict(platform="tpu", rows_per_device="auto"),
+                                     dict(platform="gpu", rows_per_device="auto", attention="cudnn")])
 def test_every_batch_fits_its_layout(pretrained, changes):
     batches = make_batches(pretrained, **changes)
     for step in range(batches.steps_per_epoch):

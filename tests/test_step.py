@@ -58,6 +58,7 @@ def test_every_mesh_gives_the_one_device_numbers(trials, mesh, tied, micro_batch
 @pytest.mark.parametrize("changes", [
     dict(packing=False), dict(share_prompt=False), dict(packing=False, share_prompt=False), dict(row_length=256),
     dict(rows_per_device=5), dict(chunks=4), dict(remat="minimal"), dict(remat="attention"), dict(remat="full"),
+    dict(remat="minimal", unroll=True),
     dict(row_length=97, rows_per_device=2),
 ], ids=str)
 def test_no_layout_changes_a_number(trial, expected, changes):

@@ -156,7 +156,7 @@ def test_bfloat16_is_near(trial, expected):
 
 
 def test_prompts_have_their_share_of_a_micro_batch(trial, monkeypatch):
-    monkeypatch.setattr(data, "CPU_MICRO_BATCH_TOKENS", 256)
+    monkeypatch.setitem(data.COSTS, "cpu", data.COSTS["cpu"]._replace(micro_tokens=256))
     layout = data.make_layout(trial.pairs, trial.data_config, PAIRS, "auto", 1, "cpu")
     assert (layout.row_lengths[-1], layout.encoder_length, layout.rows_per_device) == (64, 64, 2)
     assert not layout.packing and layout.slots([3]) == 3 * 2 * 128

@@ -34,8 +34,8 @@ class Trial:
         self.pairs.tail = int(coef > 0)
         self.arch, self.coef = architecture(base.config, 64), coef
 
-    def step(self, mesh_sizes=(1,), *, rows_per_device=1, steps=1, remat="none", optimizer=None, chunks=None,
-             dtype=jnp.float32, **data_changes):
+    def step(self, mesh_sizes=(1,), *, rows_per_device=1, steps=1, remat="none", unroll=False, optimizer=None,
+             chunks=None, dtype=jnp.float32, **data_changes):
         """Returns the metrics of the last step, its gradients, the jitted step and its number of micro-batches.
 
         With another optimizer than KEEP_GRADIENTS it returns the weights after the last step, not the gradients.
@@ -54,7 +54,8 @@ class Trial:
             params = weights.load_params(self.folder, self.arch, mesh=mesh)
             state = step_lib.initial_state(params, optimizer, shardings)
             model = dataclasses.replace(step_lib.make_model(self.arch, layout, dtype, self.orpo.beta,
-                                                             router_aux_loss_coef=self.coef), remat=remat)
+                                                             router_aux_loss_coef=self.coef), remat=remat,
+                                        unroll=unroll)
             if chunks:
                 model = dataclasses.replace(model, head_settings=model.head_settings._replace(chunks=chunks))
             train_step = step_lib.make_train_step(
