@@ -102,9 +102,18 @@ def test_torchs_flops_are_those_of_its_step(settings, name):
     settings = dataclasses.replace(settings, pairs=8, warmup=1)
     steps = torch_side.make_steps(systems.SYSTEMS[name], settings, pairs.load(settings.pairs_file),
                                   torch.device("cpu"))
-    with torch_side.FlopCounterMode(display=False, custom_mapping=torch_side.CPU_ATTENTION) as counter:
+    with torch_side.FlopCounterMode(display=False, custom_mapping=torch_side.ATTENTION) as counter:
         steps.step(1)
     assert steps.flops() == pytest.approx(counter.get_total_flops() / 8, rel=1e-6)
+
+
+def test_heads_that_share_keys_are_counted_once_each():
+    pytest.importorskip("torch", reason="torch is not installed")
+    from benchmarking import torch_side
+
+    q, k = (2, 14, 32, 64), (2, 2, 32, 64)
+    assert torch_side.attention_flops(q, k, k, None, True) == 4 * 2 * 14 * 32**2 * 64
+    assert torch_side.attention_backward_flops(q, q, k, k) == torch_side.attention_backward_flops(q, q, q, q) > 0
 
 
 def test_all_rows_of_the_timed_steps_are_counted(settings, monkeypatch):

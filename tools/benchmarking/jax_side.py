@@ -23,7 +23,7 @@ from orpo_jax import data, flops, head, loss, optim, packing, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
-from orpo_jax.model import remat_ladder
+from orpo_jax.model import remat_ladder, unrolls
 
 
 class Steps(NamedTuple):
@@ -40,7 +40,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     platform = mesh.devices.flat[0].platform
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
     table = data.from_pairs([packing.Pair(*pair) for pair in pairs])
-    attention = step_lib.choose_attention("auto", platform, arch.spec, settings.dtype, data.ROW_UNIT)
+    attention = step_lib.choose_attention(system.attention, platform, arch.spec, settings.dtype, data.ROW_UNIT)
     layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
                               key_cost=flops.key_cost(arch, attention))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
@@ -50,7 +50,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     shardings = step_lib.state_shardings(weights.abstract_params(arch, jnp.float32, mesh), optimizer, mesh)
     model = dataclasses.replace(
         step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), settings.beta, attention),
-        remat="full" if system.recompute else remat_ladder(platform)[0])
+        remat="full" if system.recompute else remat_ladder(platform)[0], unroll=unrolls(platform))
     train_step = step_lib.make_train_step(model, optimizer, schedule, shardings)
     state = step_lib.initial_state(params, optimizer, shardings)
 

@@ -16,6 +16,7 @@ class System:
     packing: bool = True
     share_prompt: bool = True
     trl_layout: bool = False
+    attention: str = "auto"  # a back end of kernels.py
     # Both sides: whether the backward pass computes activations again (TRL's default on any device).
     recompute: bool = False
     # torch
@@ -23,6 +24,7 @@ class System:
     grouped: bool = False  # a step's pairs sorted by length before they are cut into micro-batches
     cudnn: bool = False
     compiled: bool = False
+    kernels: bool = False  # Liger's norms, rope and gated mlp in the model, beside its loss
 
 
 SYSTEMS = {
@@ -30,6 +32,7 @@ SYSTEMS = {
     "orpo_jax packed": System("jax", share_prompt=False),
     "orpo_jax concatenated": System("jax", packing=False, share_prompt=False),
     "orpo_jax packed+shared, recompute": System("jax", recompute=True, only_gpu=True),
+    "orpo_jax packed+shared, cudnn_mask": System("jax", attention="cudnn_mask", only_gpu=True),
     "JAX, TRL's layout": System("jax", trl_layout=True),
     "torch TRL": System("torch"),
     "torch TRL, recompute": System("torch", recompute=True, only_gpu=True),
@@ -39,6 +42,8 @@ SYSTEMS = {
     "torch Liger": System("torch", liger=True),
     "torch Liger, recompute": System("torch", liger=True, recompute=True, only_gpu=True),
     "torch Liger, grouped": System("torch", liger=True, grouped=True, only_gpu=True),
+    "torch Liger, grouped, kernels": System("torch", liger=True, grouped=True, kernels=True, only_gpu=True),
+    "torch Liger, grouped, compiled": System("torch", liger=True, grouped=True, compiled=True, only_gpu=True),
 }
 # The first of these that ran says what the loss must be.
 REFERENCES = ("torch TRL", "torch TRL, recompute", "orpo_jax concatenated")

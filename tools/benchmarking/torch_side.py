@@ -34,11 +34,23 @@ from benchmarking.systems import Result, Settings, System, clock, peak_rss
 IGNORED = -100
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[Any, Batch], torch.Tensor]
-# PyTorch's counter knows the attention of GPUs only.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        lambda dout, q, k, v, *_, **__: sdpa_backward_flop_count(dout, q, k, v)}
+Shape = Sequence[int]
+
+
+def attention_flops(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """Returns the FLOPs of attention [batch, heads, tokens, size], where queries may share heads of keys and values."""
+    return sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
+
+
+def attention_backward_flops(dout: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    """Returns the FLOPs of its gradients."""
+    return sdpa_backward_flop_count(dout, q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
+
+
+# PyTorch's counter knows neither the attention of CPUs nor, in 2.11, shared heads.
+KERNELS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}{suffix}"): count for kernel in KERNELS
+             for suffix, count in (("", attention_flops), ("_backward", attention_backward_flops))}
 
 
 class Steps(NamedTuple):
@@ -154,8 +166,12 @@ def load_model(system: System, settings: Settings, device: torch.device) -> Any:
     model.to(device).train()
     if system.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if system.kernels:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]
+        _apply_liger_kernel_to_instance(model, fused_linear_cross_entropy=False)
     if system.compiled:
-        model.compile(dynamic=True)  # in place; lengths differ from batch to batch
+        called = model.model if system.liger else model
+        called.compile(dynamic=True)  # in place; lengths differ from batch to batch
     return model
 
 
@@ -221,7 +237,7 @@ def width_flops(backward: Callable[[Pair], Any]) -> Callable[[int], float]:
         ids = np.zeros(length, np.int64)
         # What is compiled has the same products, but their operators are not seen.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(
-                display=False, custom_mapping=CPU_ATTENTION) as counter:
+                display=False, custom_mapping=ATTENTION) as counter:
             backward(Pair(ids, ids, 1, 1, 1))
         counts.append(counter.get_total_flops())
     return np.poly1d(np.polyfit(lengths, counts, 2))
