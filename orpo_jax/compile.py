@@ -28,8 +28,8 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from orpo_jax import batching, data, flops, standin
 from orpo_jax import config as config_lib
-from orpo_jax import data, flops, standin
 from orpo_jax import step as step_lib
 from orpo_jax.config import Config
 from orpo_jax.families import Architecture, architecture, complete, read_config
@@ -271,7 +271,7 @@ def changes(program: Program) -> list[dict[str, Any]]:
     if layout.rows_per_device > 1:
         found.append({"train.rows_per_device": 1})
     longest = int(program.batches.pairs.lengths(config.data.share_prompt).max())
-    shortest = -(-longest // data.ROW_UNIT) * data.ROW_UNIT
+    shortest = -(-longest // batching.ROW_UNIT) * batching.ROW_UNIT
     if layout.row_lengths[-1] > shortest:
         found.append({"data.row_length": shortest})
     whole = {f"mesh.{axis}": 1 for axis in ("data", "tensor") if program.mesh.shape[axis] > 1}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from orpo_jax import loss
-from orpo_jax.data import Batches, to_devices
+from orpo_jax.batching import Batches, to_devices
 from orpo_jax.metrics import Progress, add_sums
 
 

@@ -81,6 +81,15 @@ def count_positions(branches: np.ndarray) -> int:
     return int((branches @ (-1, 1, 1)).sum())
 
 
+class Room(NamedTuple):
+    """What a row has, and a pair takes."""
+
+    positions: Any
+    pairs: Any
+    expanded: Any  # positions of whole branches, each with its trunk, for kernels that want them so
+    scored: Any  # positions that predict a response's token
+
+
 def pack(sizes_PC: np.ndarray, rooms_RC: np.ndarray) -> list[list[int]] | None:
     """Returns the pairs of each of R rows, or None where they do not fit: best fit decreasing, the same on every host.
 

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orpo_jax import data, flops, optim, weights
+from orpo_jax import batching, data, flops, optim, weights
 from orpo_jax import step as step_lib
+from orpo_jax.batching import Batches
 from orpo_jax.config import Config, check
-from orpo_jax.data import Batches
 from orpo_jax.families import Architecture
 from orpo_jax.metrics import log
 from orpo_jax.model import remat_ladder, unrolls
@@ -50,10 +50,10 @@ class Program:
     def abstract_state(self) -> step_lib.TrainState:
         return step_lib.abstract_state(self.params, self.optimizer, self.shardings)
 
-    def abstract_batch(self) -> data.StepBatch:
+    def abstract_batch(self) -> batching.StepBatch:
         batch = self.batches.shapes()
         return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch,
-                            data.batch_shardings(batch, self.mesh))
+                            batching.batch_shardings(batch, self.mesh))
 
     def __str__(self) -> str:
         train, layout = self.config.train, self.batches.layout
@@ -77,11 +77,11 @@ def make_program(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, pa
     dtype = step_lib.compute_dtype(config.model.dtype, mesh.devices.flat[0].platform)
     attention = "xla" if arch.encodes else step_lib.choose_attention(
         config.model.attention, mesh.devices.flat[0].platform, arch.spec, dtype,
-        data.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length)
+        batching.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length)
     batches, model = lay_out(config, arch, mesh, attention, pairs, config.train.batch_size,
                              config.seed if config.data.shuffle else None, config.train.rows_per_step)
 
-    total_steps = data.total_steps(batches, config.train.num_train_epochs, config.train.max_steps)
+    total_steps = batching.total_steps(batches, config.train.num_train_epochs, config.train.max_steps)
     schedule = optim.learning_rate_schedule(config.optim, total_steps)
     if optimizer is None:
         optimizer = optim.make_optimizer(config.optim, total_steps, arch.decay_mask())
@@ -98,8 +98,9 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     platform = mesh.devices.flat[0].platform
     coef = router_coef(config, arch)
     pairs.tail = int(bool(coef))  # the routers' statistics have the last response token too
-    layout = data.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh), platform,
-                              rows_per_step, attention, config.orpo.nll_scope, flops.key_cost(arch, attention))
+    layout = batching.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
+                                  platform, rows_per_step, attention, config.orpo.nll_scope,
+                                  flops.key_cost(arch, attention))
     model = step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
                                 attention, coef)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),

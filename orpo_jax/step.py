@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from orpo_jax import experts, head, kernels
-from orpo_jax.data import Group, Layout, StepBatch
+from orpo_jax.batching import Group, Layout, StepBatch
 from orpo_jax.families import Architecture, flatten
 from orpo_jax.model import Spec
 from orpo_jax.packing import Rows

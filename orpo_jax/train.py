@@ -19,14 +19,14 @@ import optax
 from etils import epath
 
 import orpo_jax
-from orpo_jax import api, data, flops, hosts, loss, weights
+from orpo_jax import api, batching, data, flops, hosts, loss, weights
 from orpo_jax import config as config_lib
 from orpo_jax import program as program_lib
 from orpo_jax import step as step_lib
+from orpo_jax.batching import Batches
 from orpo_jax.card import model_card
 from orpo_jax.checkpoint import Checkpoints, latest_step, read_meta
 from orpo_jax.config import Config
-from orpo_jax.data import Batches
 from orpo_jax.evaluate import evaluate
 from orpo_jax.families import architecture
 from orpo_jax.generate import generate
@@ -220,13 +220,13 @@ def train(job: Job, state: step_lib.TrainState, record: Record, start: int, chec
         record.owes_evaluation = not evaluate_all(job, state, record, start, sinks, stop)
         stop.check()
 
-    def make(step: int) -> tuple[data.StepBatch, data.BatchInfo]:
+    def make(step: int) -> tuple[batching.StepBatch, batching.BatchInfo]:
         batch, info = batches.batch(step - 1)
-        return data.to_devices(batch, job.mesh), info
+        return batching.to_devices(batch, job.mesh), info
 
     steps = range(start + 1, job.total_steps + 1)
     with (Progress("training", job.total_steps, start) as progress,
-          contextlib.closing(data.ahead(make, steps)) as made):
+          contextlib.closing(batching.ahead(make, steps)) as made):
         for step, ((batch, info), waited) in zip(steps, made, strict=True):
             with compiles:
                 state, sums, grad_norm, learning_rate = train_step(state, batch)
@@ -268,7 +268,7 @@ def compile_step(job: Job) -> Callable:
     return compiled.step
 
 
-def work_of(job: Job) -> Callable[[data.BatchInfo], float] | None:
+def work_of(job: Job) -> Callable[[batching.BatchInfo], float] | None:
     """Returns a step's useful share of a second of all devices at their peak; None where the peak is not known."""
     peak = flops.peak_flops(job.mesh.devices.flat[0].device_kind)
     if peak is None or job.model.dtype != jnp.bfloat16:

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trial import KEEP_GRADIENTS
 
-from orpo_jax import attention, data, head, kernels, loss, packing, sharding, weights
+from orpo_jax import attention, batching, head, kernels, loss, packing, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture, flatten, nest
 from orpo_jax.model import REMAT
@@ -126,7 +126,7 @@ def batch_of(drawn, pairs, packed, shared):
                               share_prompt=shared, nll_scope=drawn.nll_scope, nll_reduction=drawn.nll_reduction)
     counts = head.Counts(*(np.float32(x.sum() or 1) for x in (rows.nll_weights, rows.pair_weights)))
     rows = jax.tree.map(lambda x: x.reshape(MICRO_BATCHES, ROWS, *x.shape[1:]), rows)
-    return data.StepBatch((data.Group(rows, np.int32(drawn.micro_batches)),), counts)
+    return batching.StepBatch((batching.Group(rows, np.int32(drawn.micro_batches)),), counts)
 
 
 EMPTY = batch_of(Drawn([]), [make_pair(np.zeros(1, np.int32), np.zeros(1, np.int32), 0, 0)], True, True)
@@ -139,7 +139,7 @@ def step_of(family, backend="xla", remat="none", chunks=1):
     """Returns the compiled train step as a function from a batch to its metrics and gradients."""
     arch, params = model_of(family)
     mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    layout = data.Layout((T,), ROWS, 1, SLOTS, T, 2 * T, ROWS * MICRO_BATCHES, True)
+    layout = batching.Layout((T,), ROWS, 1, SLOTS, T, 2 * T, ROWS * MICRO_BATCHES, True)
     model = step_lib.Model(weights.make_graph(arch), jnp.dtype("float32"), layout, head.Settings(BETA, chunks),
                            backend, remat=remat)
     with jax.set_mesh(mesh), interpreted():

@@ -15,7 +15,7 @@ from flax import nnx
 
 from benchmarking import flop_count, jax_side
 from benchmarking.systems import Settings
-from orpo_jax import attention, data, flops, head, loss, packing, step, weights
+from orpo_jax import attention, batching, flops, head, loss, packing, step, weights
 from orpo_jax.families import architecture
 from orpo_jax.preference import make_pair
 from orpo_jax.standin import lengths
@@ -103,7 +103,7 @@ def test_useful_work_is_what_the_compiler_counts(arch):
 
 
 def make_model(arch, row_length, **changes):
-    layout = data.Layout((row_length,), 1, 1, 16, row_length, 2 * row_length, 1, True)
+    layout = batching.Layout((row_length,), 1, 1, 16, row_length, 2 * row_length, 1, True)
     return dataclasses.replace(step.make_model(arch, layout, jnp.dtype("float32"), 0.1), **changes)
 
 

@@ -12,8 +12,8 @@ import pytest
 import tiny
 from trial import Trial, assert_same
 
+from orpo_jax import batching, embedding, head, optim, packing, sharding, weights
 from orpo_jax import config as config_lib
-from orpo_jax import data, embedding, head, optim, packing, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture
 
@@ -97,13 +97,13 @@ def lowered(config, mesh, optimizer="adamw", lower=True):
     """Returns the train step, lowered, its state's shapes and shardings, and the mesh."""
     arch, mesh = architecture(tiny.config_of(**config), T), sharding.make_mesh(sizes_of(mesh))
     shards = sharding.num_shards(mesh)
-    layout = data.Layout((T,), 1, shards, 2, T, 2 * T, shards, True)
+    layout = batching.Layout((T,), 1, shards, 2, T, 2 * T, shards, True)
     model = step_lib.Model(weights.make_graph(arch), jnp.dtype("float32"), layout, head.Settings(0.1), remat="full",
                            router_aux_loss_coef=0.01 * arch.spec.num_experts)
     rows = jax.tree.map(lambda x: x[None], packing.empty_rows(shards, T, 2))
-    batch = data.StepBatch((data.Group(rows, np.int32(1)),), head.Counts(*map(np.float32, (1, 1, 1))))
+    batch = batching.StepBatch((batching.Group(rows, np.int32(1)),), head.Counts(*map(np.float32, (1, 1, 1))))
     batch = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch,
-                         data.batch_shardings(batch, mesh))
+                         batching.batch_shardings(batch, mesh))
     optimizer = optim.make_optimizer(config_lib.OptimConfig(name=optimizer), 10, arch.decay_mask())
     with jax.set_mesh(mesh):
         params = weights.abstract_params(arch, jnp.float32, mesh)

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from trial import PAIRS, Trial, assert_same
 
+from orpo_jax import batching, head, optim, packing, sharding, weights
 from orpo_jax import config as config_lib
-from orpo_jax import data, head, optim, packing, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture
 from orpo_jax.model import REMAT
@@ -111,12 +111,12 @@ def test_fifty_steps_compile_once(trial):
 
 def test_a_loop_that_is_not_entered_computes_nothing(trial):
     """A pass over rows of a length that the step does not need must not be moved out of their loop."""
-    layout = data.Layout(row_lengths=(64, 128), rows_per_device=1, num_shards=1, max_pairs=2, branch_length=64,
+    layout = batching.Layout(row_lengths=(64, 128), rows_per_device=1, num_shards=1, max_pairs=2, branch_length=64,
                          expanded_length=256, max_rows=2, share_prompt=True)
     times = lambda rows, most: jax.tree.map(lambda x: np.stack([x] * most), rows)
-    groups = [data.Group(times(packing.empty_rows(1, length, 2), most), np.int32(1))
+    groups = [batching.Group(times(packing.empty_rows(1, length, 2), most), np.int32(1))
               for length, most in zip(layout.row_lengths, layout.max_micro, strict=True)]
-    batch = data.StepBatch(tuple(groups), head.Counts(np.float32(1), np.float32(1)))
+    batch = batching.StepBatch(tuple(groups), head.Counts(np.float32(1), np.float32(1)))
     model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1)
     gradients = lambda params, batch: step_lib._over_micro_batches(
         batch, lambda rows: jax.grad(model.loss, has_aux=True)(params, rows, batch.counts))
@@ -158,10 +158,11 @@ def compiled_step(remat, T=256, rows=4):
     arch = architecture(tiny.config_of(vocab_size=256, hidden_size=64, intermediate_size=160, head_dim=16,
                                        num_hidden_layers=8), T)
     mesh = sharding.make_mesh(dict(data=1, fsdp=1, tensor=1), jax.devices()[:1])
-    layout = data.Layout((T,), rows, 1, 2, T, 2 * T, rows, True)
+    layout = batching.Layout((T,), rows, 1, 2, T, 2 * T, rows, True)
     model = step_lib.Model(weights.make_graph(arch), jnp.dtype("float32"), layout, head.Settings(0.1), remat=remat)
-    batch = data.StepBatch((data.Group(jax.tree.map(lambda x: x[None], packing.empty_rows(rows, T, 2)), np.int32(1)),),
-                           head.Counts(np.float32(1), np.float32(1)))
+    micro_batches = jax.tree.map(lambda x: x[None], packing.empty_rows(rows, T, 2))
+    batch = batching.StepBatch((batching.Group(micro_batches, np.int32(1)),),
+                               head.Counts(np.float32(1), np.float32(1)))
     with jax.set_mesh(mesh):
         abstract = weights.abstract_params(arch, jnp.float32, mesh)
         shardings = step_lib.state_shardings(abstract, optax.sgd(1.0), mesh)

@@ -13,8 +13,21 @@ from safetensors.numpy import load_file
 from trial import PAIRS, Trial, assert_same
 
 import orpo_jax
+from orpo_jax import (
+    batching,
+    families,
+    flops,
+    head,
+    optim,
+    packing,
+    preference,
+    pretrained,
+    step,
+    t5,
+    train,
+    weights,
+)
 from orpo_jax import config as config_lib
-from orpo_jax import data, families, flops, head, optim, packing, preference, pretrained, step, t5, train, weights
 from orpo_jax.config import DataConfig
 
 START, EOS = 2, 1
@@ -149,15 +162,15 @@ def test_bfloat16_is_near(trial, expected):
     got = trial.step(dtype=jnp.bfloat16)
     assert abs(got[0]["loss"] - expected[0]["loss"]) < 0.02 * expected[0]["loss"]
     assert got[0]["loss"] != expected[0]["loss"]
-    layout = data.make_layout(trial.pairs, trial.data_config, 1, 1, 1, "cpu")
+    layout = batching.make_layout(trial.pairs, trial.data_config, 1, 1, 1, "cpu")
     model = step.make_model(trial.arch, layout, jnp.dtype("bfloat16"), 0.3)
     hidden, _, _ = model.hidden(orpo_jax.load_model(trial.folder).params, one_row(trial))
     assert hidden.dtype == jnp.bfloat16
 
 
 def test_prompts_have_their_share_of_a_micro_batch(trial, monkeypatch):
-    monkeypatch.setitem(data.COSTS, "cpu", data.COSTS["cpu"]._replace(micro_tokens=256))
-    layout = data.make_layout(trial.pairs, trial.data_config, PAIRS, "auto", 1, "cpu")
+    monkeypatch.setitem(batching.COSTS, "cpu", batching.COSTS["cpu"]._replace(micro_tokens=256))
+    layout = batching.make_layout(trial.pairs, trial.data_config, PAIRS, "auto", 1, "cpu")
     assert (layout.row_lengths[-1], layout.encoder_length, layout.rows_per_device) == (64, 64, 2)
     assert not layout.packing and layout.slots([3]) == 3 * 2 * 128
 
@@ -192,8 +205,8 @@ def t5_module(folder):
 
 
 def one_row(trial):
-    layout = data.make_layout(trial.pairs, trial.data_config, 1, 1, 1, "cpu")
-    batch, _ = data.Batches(trial.pairs, layout, 1, trial.orpo, None).batch(0)
+    layout = batching.make_layout(trial.pairs, trial.data_config, 1, 1, 1, "cpu")
+    batch, _ = batching.Batches(trial.pairs, layout, 1, trial.orpo, None).batch(0)
     return jax.tree.map(lambda x: jnp.asarray(x[0]), batch.groups[-1].rows)
 
 

@@ -18,8 +18,8 @@ import tiny
 from safetensors.numpy import load_file
 
 import orpo_jax
+from orpo_jax import batching, convert, data, evaluate, hosts, train
 from orpo_jax import config as config_lib
-from orpo_jax import convert, data, evaluate, hosts, train
 from orpo_jax import metrics as metrics_lib
 from orpo_jax import step as step_lib
 
@@ -326,7 +326,7 @@ def test_a_lost_last_checkpoint_is_trained_again(tmp_path, model_folder, rows):
 
 def watch_batches(monkeypatch):
     """Returns a list that gets, of every batch handed to the devices, the row counts and the pairs' responses."""
-    seen, to_devices = [], data.to_devices
+    seen, to_devices = [], batching.to_devices
 
     def watched(batch, mesh):
         found = []
@@ -339,7 +339,7 @@ def watch_batches(monkeypatch):
         seen.append((tuple(int(group.num_micro) for group in batch.groups), found))
         return to_devices(batch, mesh)
 
-    monkeypatch.setattr(data, "to_devices", watched)
+    monkeypatch.setattr(batching, "to_devices", watched)
     return seen
 
 
@@ -408,7 +408,7 @@ def warnings(monkeypatch):
 
 def longer_from(step, monkeypatch):
     """Gives batches one more micro-batch of padding from a step on, as no batch of a run may."""
-    to_devices, count = data.to_devices, [0]
+    to_devices, count = batching.to_devices, [0]
 
     def changed(batch, mesh):
         count[0] += 1
@@ -416,7 +416,7 @@ def longer_from(step, monkeypatch):
             batch = jax.tree.map(lambda x: np.concatenate([x, x[:1]]) if x.ndim else x, batch)
         return to_devices(batch, mesh)
 
-    monkeypatch.setattr(data, "to_devices", changed)
+    monkeypatch.setattr(batching, "to_devices", changed)
 
 
 def test_a_step_that_is_compiled_again_is_a_warning(tmp_path, model_folder, rows, one_device, warnings, monkeypatch):
@@ -443,12 +443,13 @@ def waits_of(folder):
 def test_batches_are_made_while_the_step_runs(tmp_path, model_folder, rows, one_device, monkeypatch):
     """A step that takes longer than its batch waits for none; a batch that takes longer is waited for, and it shows."""
     def run(name, batch_seconds, step_seconds):
-        monkeypatch.setattr(data.Batches, "batch", lambda self, step: (time.sleep(batch_seconds), batch(self, step))[1])
+        monkeypatch.setattr(batching.Batches, "batch",
+                            lambda self, step: (time.sleep(batch_seconds), batch(self, step))[1])
         train.run(settings(tmp_path / name, model_folder, **rows, eval__eval_strategy="no", data__row_length=128,
                            train__max_steps=8, log__logging_steps=2), on_step=lambda *_: time.sleep(step_seconds))
         return waits_of(tmp_path / name)
 
-    batch = data.Batches.batch
+    batch = batching.Batches.batch
     run("first", 0.0, 0.0)  # the tokens are cached from here on
     assert run("overlapped", 0.1, 0.3) < 0.1 * 6 * 0.3
     assert run("slow", 0.3, 0.0) > 0.5 * 6 * 0.3

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import tiny
 
+from orpo_jax import batching, data, loss, pretrained, sharding, weights
 from orpo_jax import config as config_lib
-from orpo_jax import data, loss, pretrained, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture, flatten
 
@@ -43,9 +43,9 @@ class Trial:
         count = int(np.prod(mesh_sizes))
         mesh = sharding.make_mesh(dict(zip(sharding.MESH_AXES, mesh_sizes, strict=False)), jax.devices()[:count])
         config = dataclasses.replace(self.data_config, **data_changes)
-        layout = data.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), "cpu",
+        layout = batching.make_layout(self.pairs, config, PAIRS, rows_per_device, sharding.num_shards(mesh), "cpu",
                                   nll_scope=self.orpo.nll_scope)
-        batches = data.Batches(self.pairs, layout, PAIRS, self.orpo, None)
+        batches = batching.Batches(self.pairs, layout, PAIRS, self.orpo, None)
         keep = optimizer is None
         optimizer = optimizer or KEEP_GRADIENTS
         with jax.set_mesh(mesh):
@@ -62,7 +62,7 @@ class Trial:
                 model, optimizer, lambda step: 0.0, shardings)
             for step in range(steps):
                 batch, _ = batches.batch(step)
-                state, sums, grad_norm, _ = train_step(state, data.to_devices(batch, mesh))
+                state, sums, grad_norm, _ = train_step(state, batching.to_devices(batch, mesh))
         sums = {name: float(value) for name, value in sums.items()}
         metrics = {**loss.metrics(sums, beta=self.orpo.beta), "grad_norm": float(grad_norm)}
         num_micro = sum(int(group.num_micro) for group in batch.groups)

@@ -25,9 +25,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarking import jax_side, models, systems
+from orpo_jax import batching, data, kernels, packing, sharding, standin, weights
 from orpo_jax import compile as compile_lib
 from orpo_jax import config as config_lib
-from orpo_jax import data, kernels, packing, sharding, standin, weights
 from orpo_jax import step as step_lib
 from orpo_jax.families import Architecture, architecture
 from orpo_jax.model import REMAT
@@ -138,7 +138,7 @@ def compile_one(lower: Any, mesh: Mesh, embed_shape: tuple[int, ...] = ()) -> di
 def steps(args: argparse.Namespace) -> None:
     """Prints a line for each program of the train step, or of one in TRL's layout."""
     arch = architecture(models.SHAPES[args.model] | json.loads(args.model_changes), TRL_LENGTH)
-    attention = step_lib.choose_attention(args.attention, "tpu", arch.spec, SETTINGS.dtype, data.ROW_UNIT)
+    attention = step_lib.choose_attention(args.attention, "tpu", arch.spec, SETTINGS.dtype, batching.ROW_UNIT)
     lower = {"step": lower_step, "trl": lower_trl}[args.program]
     for topology in args.topologies:
         for sizes in args.meshes:

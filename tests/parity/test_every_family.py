@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import orpo_jax
 from orpo_jax import families, head, packing, step, weights
-from orpo_jax.data import Layout
+from orpo_jax.batching import Layout
 from orpo_jax.model import Decoder
 
 torch = pytest.importorskip("torch", reason="torch is the reference: a CPU build is at hand on Python 3.11 only")

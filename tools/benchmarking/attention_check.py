@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orpo_jax import attention, data, head, packing, standin
+from orpo_jax import attention, batching, data, head, packing, standin
 from orpo_jax import config as config_lib
 
 Array = jax.Array
@@ -26,8 +26,8 @@ def sample_rows(row_length: int, scale: float) -> packing.Rows:
     """Returns a micro-batch of packed rows that share prompts, of UltraFeedback's lengths times `scale`."""
     table = data.from_pairs(standin.make_pairs(standin.lengths("ultrafeedback", 32, scale), 1000))
     config = config_lib.DataConfig(train="pairs", row_length=row_length)
-    layout = data.make_layout(table, config, len(table), 4, 1, jax.devices()[0].platform)
-    batch, _ = data.Batches(table, layout, len(table), config_lib.OrpoConfig(), None).batch(0)
+    layout = batching.make_layout(table, config, len(table), 4, 1, jax.devices()[0].platform)
+    batch, _ = batching.Batches(table, layout, len(table), config_lib.OrpoConfig(), None).batch(0)
     return jax.tree.map(lambda x: x[0], batch.groups[0].rows)
 
 

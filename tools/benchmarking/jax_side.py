@@ -18,8 +18,8 @@ from flax import nnx
 from benchmarking.flop_count import at_full_depth, counted, row_flops
 from benchmarking.pairs import Pair, load
 from benchmarking.systems import Result, Settings, System, clock, peak_rss
+from orpo_jax import batching, data, flops, head, loss, optim, packing, sharding, weights
 from orpo_jax import config as config_lib
-from orpo_jax import data, flops, head, loss, optim, packing, sharding, weights
 from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
@@ -40,11 +40,11 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     platform = mesh.devices.flat[0].platform
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
     table = data.from_pairs([packing.Pair(*pair) for pair in pairs])
-    attention = step_lib.choose_attention(system.attention, platform, arch.spec, settings.dtype, data.ROW_UNIT)
-    layout = data.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
+    attention = step_lib.choose_attention(system.attention, platform, arch.spec, settings.dtype, batching.ROW_UNIT)
+    layout = batching.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
                               key_cost=flops.key_cost(arch, attention))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
-    batches, micro = (data.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
+    batches, micro = (batching.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 
     optimizer, schedule = make_optimizer(settings, arch)
     shardings = step_lib.state_shardings(weights.abstract_params(arch, jnp.float32, mesh), optimizer, mesh)
@@ -54,10 +54,10 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     train_step = step_lib.make_train_step(model, optimizer, schedule, shardings)
     state = step_lib.initial_state(params, optimizer, shardings)
 
-    def take(batches: data.Batches, i: int) -> tuple[dict[str, Any], float, int]:
+    def take(batches: batching.Batches, i: int) -> tuple[dict[str, Any], float, int]:
         nonlocal state
         batch, info = batches.batch(i)
-        state, sums, grad_norm, _ = train_step(state, data.to_devices(batch, mesh))
+        state, sums, grad_norm, _ = train_step(state, batching.to_devices(batch, mesh))
         jax.block_until_ready(state)
         return sums, float(grad_norm), info.slots
 
