@@ -101,10 +101,9 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     layout = batching.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
                                   flops.key_cost(arch, attention))
-    model = step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
-                                attention, coef)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
-            dataclasses.replace(model, unroll=unrolls(platform)))
+            step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
+                                attention, coef, unrolls(platform)))
 
 
 def router_coef(config: Config, arch: Architecture) -> float:
