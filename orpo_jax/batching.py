@@ -57,17 +57,18 @@ class Costs(NamedTuple):
     # What a micro-batch costs beside its positions, in positions. Gradients are zeroed, written and added, 20 bytes a
     # weight; a position takes 6 FLOPs a weight. On two CPU cores (8 GB/s, 250 GFLOP/s) that makes 100 positions.
     micro_cost: int
-    slack: float  # how much more than the best a layout may cost that is simpler
 
 
 ROW_UNIT, CPU_ROW_UNIT = 128, 64
 COSTS = {
-    "cpu": Costs(CPU_ROW_UNIT, 2048, 128, 0.02),
-    "tpu": Costs(ROW_UNIT, 4096, 128, 0.02),
-    # 400 is an estimate, by data sheets. On an H200 (Qwen2-0.5B's shape) about half as many micro-batches, of looped
-    # layers, took 0.08 s off a step of 0.68. Every row length is a compiled copy of all layers (model.unrolls).
-    "gpu": Costs(ROW_UNIT, 8192, 400, 0.05),
+    "cpu": Costs(CPU_ROW_UNIT, 2048, 128),
+    "tpu": Costs(ROW_UNIT, 4096, 128),
+    # 400 is an estimate: 500 to 980 by the data sheets of A100, H200 and H100, at half of their peak FLOPs. On an H200
+    # (Qwen2-0.5B's shape) about half as many micro-batches, of looped layers, took 0.08 s off a step of 0.68.
+    "gpu": Costs(ROW_UNIT, 8192, 400),
 }
+# How much more than the best a layout may cost that is simpler.
+SLACK = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +232,7 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
     of_layouts = [layout.cost(steps, key_cost) for layout in layouts]
     good = [layout for layout, cost in zip(layouts, of_layouts, strict=True)
-            if cost <= min(of_layouts) * (1 + costs.slack)]
+            if cost <= min(of_layouts) * (1 + SLACK)]
     # Few lengths make a program that compiles fast, short rows take little memory.
     return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],
                                          layout.row_lengths[-1]))

@@ -57,7 +57,7 @@ def remat_ladder(platform: str) -> list[str]:
 def unrolls(platform: str) -> bool:
     """Returns whether training lays layers out one by one: on GPUs, where a loop copies all that it keeps of a layer.
 
-    On an H200, Qwen2-0.5B's shape, that makes 140 pairs a second of 108, and twice the time to compile.
+    On an H200, 24 layers of Qwen2-0.5B's shape, that makes 140 pairs a second of 108, and twice the time to compile.
     """
     return platform == "gpu"
 

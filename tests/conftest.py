@@ -1,6 +1,8 @@
 """Set before jax is imported: 8 CPU devices, so that every test can make any mesh, and a cache of its own."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis
 import pytest
+
+atexit.register(shutil.rmtree, os.environ["ORPO_JAX_CACHE"], ignore_errors=True)
 
 # In CI the same change gives the same answer; elsewhere every run looks at new examples.
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -206,12 +206,13 @@ class Lengths:
         return np.stack([lengths, np.ones_like(lengths), longer, self.chosen + self.rejected], axis=1)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize(("shards", "batch_size"), [
     (1, 64), (1, 128), (1, 512), (8, 64), (8, 128), (8, 512), (16, 64), (16, 128), (16, 512), (64, 512)])
 def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, batch_size):
     parts = standin.lengths("ultrafeedback", 24_000)
-    layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform)
+    layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform,
+                         attention="cudnn" if platform == "gpu" else "xla")
     unseen = Lengths(parts[12_000:]).sizes(True)
     steps = [unseen[start:start + batch_size] for start in range(0, len(unseen) - batch_size, batch_size)][:24]
     # Pairs longer than any that were seen can't come: the layout is made for the whole data set.

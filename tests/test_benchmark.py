@@ -215,6 +215,17 @@ def test_arguments_given_go_before_a_presets():
         benchmark.choose_systems(benchmark.parse(["--systems", "torch", "--device", "cpu"]))
 
 
+def test_what_needs_a_gpu_does_not_run_without_one(settings):
+    args = benchmark.parse(["--preset", "cpu-small", "--systems", "all", "--device", "cpu"])
+    left_out = set(systems.SYSTEMS) - set(benchmark.choose_systems(args))
+    assert {"orpo_jax packed+shared, cudnn_mask", "torch Liger, grouped, kernels"} <= left_out
+    for name in left_out:
+        with pytest.raises(ValueError, match="needs a GPU"):
+            benchmark.choose_systems(benchmark.parse(["--preset", "cpu-small", "--systems", name, "--device", "cpu"]))
+    with pytest.raises(ValueError, match="'cudnn_mask' does not run here"):
+        benchmark.run_here("orpo_jax packed+shared, cudnn_mask", settings)
+
+
 def test_a_preset_says_what_it_needs(capsys):
     with pytest.raises(SystemExit):
         benchmark.parse(["--preset", "smollm2-4"])

@@ -1,4 +1,4 @@
-"""From rows of any source to the batch of step s: the same pairs, once an epoch, in an order that only a seed sets."""
+"""From rows of any source to token pairs: every format and file, what is dropped and cut, and the cache."""
 
 import gzip
 import json

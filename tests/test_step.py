@@ -10,11 +10,11 @@ import pytest
 import tiny
 from trial import PAIRS, Trial, assert_same
 
-from orpo_jax import batching, head, optim, packing, sharding, weights
+from orpo_jax import batching, data, head, optim, packing, sharding, standin, weights
 from orpo_jax import config as config_lib
+from orpo_jax import model as model_lib
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture
-from orpo_jax.model import REMAT
 
 # Every axis size of a mesh of 8 divides these.
 WIDE = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8, intermediate_size=64)
@@ -65,6 +65,19 @@ def test_no_layout_changes_a_number(trial, expected, changes):
     assert_same(trial.step(**changes), expected)
 
 
+def test_what_was_measured_on_a_gpu_is_what_runs_there(trial):
+    assert [model_lib.remat_ladder(platform)[0] for platform in ("cpu", "gpu", "tpu")] == ["minimal", "minimal", "none"]
+    assert [platform for platform in ("cpu", "gpu", "tpu") if model_lib.unrolls(platform)] == ["gpu"]
+    pairs = data.from_pairs(standin.make_pairs(standin.lengths("ultrafeedback", 256), 400))
+    layout = batching.make_layout(pairs, config_lib.DataConfig(train="rows"), 64, "auto", 1, "gpu", attention="cudnn")
+    assert layout.rows_per_device * layout.row_lengths[-1] == 3 * 2304
+    for unroll in (False, True):
+        model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1, unroll=unroll)
+        jaxpr = jax.make_jaxpr(lambda params, rows, model=model: model.hidden(params, rows)[0])(
+            weights.abstract_params(trial.arch), packing.empty_rows(1, 2304, 2))
+        assert (f"unroll={trial.arch.spec.num_layers}" in str(jaxpr)) == unroll
+
+
 def test_a_window_is_exact_in_shared_rows(tmp_path):
     """Windows compare positions: branches of one pair lie far apart in a row, and near in their sequences."""
     trial = Trial(tiny.write_model(tmp_path, scale=0.3, model_type="mistral", sliding_window=5))
@@ -112,7 +125,7 @@ def test_fifty_steps_compile_once(trial):
 def test_a_loop_that_is_not_entered_computes_nothing(trial):
     """A pass over rows of a length that the step does not need must not be moved out of their loop."""
     layout = batching.Layout(row_lengths=(64, 128), rows_per_device=1, num_shards=1, max_pairs=2, branch_length=64,
-                         expanded_length=256, max_rows=2, share_prompt=True)
+                             expanded_length=256, max_rows=2, share_prompt=True)
     times = lambda rows, most: jax.tree.map(lambda x: np.stack([x] * most), rows)
     groups = [batching.Group(times(packing.empty_rows(1, length, 2), most), np.int32(1))
               for length, most in zip(layout.row_lengths, layout.max_micro, strict=True)]
@@ -185,7 +198,7 @@ NO_ROOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while tr
 
 
 def test_remat_steps_down_until_the_step_fits():
-    steps = {remat: compiled_step(remat) for remat in REMAT}
+    steps = {remat: compiled_step(remat) for remat in model_lib.REMAT}
     need = {remat: step_lib.bytes_needed(step) for remat, step in steps.items()}
     print({remat: f"{count / 1e6:.1f} MB" for remat, count in need.items()})
     assert list(need) == sorted(need, key=lambda remat: -need[remat]) == ["none", "minimal", "attention", "full"]
@@ -199,8 +212,8 @@ def test_remat_steps_down_until_the_step_fits():
             tried.append(remat)
             return stands_for(NO_ROOM if remat in broken else steps[remat])
 
-        step, remat, count = step_lib.compile_to_fit(make, list(REMAT), (), limit)
-        assert tried == list(REMAT)[:tried.index(remat) + 1]  # none is compiled in vain
+        step, remat, count = step_lib.compile_to_fit(make, list(model_lib.REMAT), (), limit)
+        assert tried == list(model_lib.REMAT)[:tried.index(remat) + 1]  # none is compiled in vain
         assert step is steps[remat] and count == need[remat]
         return remat
 
@@ -215,9 +228,10 @@ def test_remat_steps_down_until_the_step_fits():
 def test_a_step_that_no_remat_makes_fit_says_what_to_change():
     with pytest.raises(ValueError, match=r"model.remat: must leave room for the step on a device of 2.0 GB, got "
                                          "'full'; choose a smaller train.rows_per_device"):
-        step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), list(REMAT), (), 2 * 10**9)
+        step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), list(model_lib.REMAT), (), 2 * 10**9)
     with pytest.raises(ValueError, match="got 'none'"):
         step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), ["none"], (), 2 * 10**9)
     # Any other error of the compiler is a bug, and no reason to try the next.
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        step_lib.compile_to_fit(lambda _: stands_for(jax.errors.JaxRuntimeError("INTERNAL: oh")), list(REMAT), (), 1)
+        step_lib.compile_to_fit(lambda _: stands_for(jax.errors.JaxRuntimeError("INTERNAL: oh")), [*model_lib.REMAT],
+                                (), 1)

@@ -123,12 +123,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def choose_systems(args: argparse.Namespace) -> list[str]:
     """Returns the systems to run; ValueError names one that does not exist, or can't run here."""
     if args.systems == "all":
-        return [name for name, system in SYSTEMS.items() if args.device == "gpu" or not system.cudnn]
+        return [name for name, system in SYSTEMS.items() if args.device == "gpu" or not system.needs_gpu]
     names = [name.strip() for name in args.systems.split(";") if name.strip()]
     for name in names:
         if name not in SYSTEMS:
             raise ValueError(f"--systems: must be 'all' or some of {'; '.join(SYSTEMS)}, got {name!r}")
-        if SYSTEMS[name].cudnn and args.device == "cpu":
+        if SYSTEMS[name].needs_gpu and args.device == "cpu":
             raise ValueError(f"--systems: needs a GPU, got {name!r}")
     if args.largest:
         return names or list(LARGEST_SYSTEMS)

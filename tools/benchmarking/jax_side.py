@@ -41,8 +41,10 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     data_config = config_lib.DataConfig(train="pairs", packing=system.packing, share_prompt=system.share_prompt)
     table = data.from_pairs([packing.Pair(*pair) for pair in pairs])
     attention = step_lib.choose_attention(system.attention, platform, arch.spec, settings.dtype, batching.ROW_UNIT)
+    if system.attention not in ("auto", attention):
+        raise ValueError(f"attention {system.attention!r} does not run here, and {attention!r} is not that system")
     layout = batching.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
-                              key_cost=flops.key_cost(arch, attention))
+                                  key_cost=flops.key_cost(arch, attention))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (batching.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 

@@ -26,6 +26,11 @@ class System:
     compiled: bool = False
     kernels: bool = False  # Liger's norms, rope and gated mlp in the model, beside its loss
 
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether it runs nowhere else; `only_gpu` leaves out of a CPU's table what would run there too."""
+        return self.cudnn or self.kernels or self.attention.startswith("cudnn")
+
 
 SYSTEMS = {
     "orpo_jax packed+shared": System("jax"),
