@@ -37,15 +37,19 @@ class Program:
     shardings: step_lib.TrainState
     model: step_lib.Model
 
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
+
     def make_train_step(self, remat: str) -> Any:
         """Returns the jitted step (step.py)."""
-        return step_lib.make_train_step(dataclasses.replace(self.model, remat=remat), self.optimizer, self.schedule,
-                                        self.shardings)
+        model = dataclasses.replace(self.model, remat=remat, unroll=unrolls(self.platform))
+        return step_lib.make_train_step(model, self.optimizer, self.schedule, self.shardings)
 
     def remats(self) -> Sequence[str]:
         """Returns what model.remat allows, in the order in which it is tried."""
         remat = self.config.model.remat
-        return remat_ladder(self.mesh.devices.flat[0].platform) if remat == "auto" else [remat]
+        return remat_ladder(self.platform) if remat == "auto" else [remat]
 
     def abstract_state(self) -> step_lib.TrainState:
         return step_lib.abstract_state(self.params, self.optimizer, self.shardings)
@@ -103,7 +107,7 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
                                   flops.key_cost(arch, attention))
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
-                                attention, coef, unrolls(platform)))
+                                attention, coef))
 
 
 def router_coef(config: Config, arch: Architecture) -> float:
@@ -135,7 +139,7 @@ class Compiled:
 
 
 def compile_step(program: Program, limit: int) -> Compiled:
-    """Returns the train step, compiled with the least recomputation that fits devices of `limit` bytes."""
+    """Returns the train step, compiled with the first of `remats` that fits devices of `limit` bytes."""
     began = time.monotonic()
     compiled, remat, need = step_lib.compile_to_fit(program.make_train_step, program.remats(),
                                                     (program.abstract_state(), program.abstract_batch()), limit)

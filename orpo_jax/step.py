@@ -173,9 +173,9 @@ def branches_of(rows: Rows) -> Array:
 
 
 def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float, attention: str = "xla",
-               router_aux_loss_coef: float = 0.0, unroll: bool = False) -> Model:
+               router_aux_loss_coef: float = 0.0) -> Model:
     return Model(make_graph(arch), dtype, layout, head.Settings(beta, softcap=arch.spec.logit_softcap), attention,
-                 router_aux_loss_coef, unroll=unroll)
+                 router_aux_loss_coef)
 
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:

@@ -161,8 +161,7 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
                 for name, some in eval_pairs.items()}
     log.info("%s", program)
     return Job(**vars(program), pretrained=pretrained, eval_batches={name: b for name, (b, _) in held_out.items()},
-               eval_steps={name: step_lib.make_eval_step(dataclasses.replace(m, unroll=False), program.shardings)
-                           for name, (_, m) in held_out.items()},
+               eval_steps={name: step_lib.make_eval_step(m, program.shardings) for name, (_, m) in held_out.items()},
                counts=counts, data=source.name, data_hash=pairs.digest(),
                optimizer_name=config.optim.name if optimizer is None else None)
 

@@ -1,5 +1,6 @@
 """The step's numbers do not depend on the mesh, the micro-batches, the rows or the sharing of prompts."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,9 +13,9 @@ from trial import PAIRS, Trial, assert_same
 
 from orpo_jax import batching, data, head, optim, packing, sharding, standin, weights
 from orpo_jax import config as config_lib
-from orpo_jax import model as model_lib
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture
+from orpo_jax.model import REMAT, remat_ladder, unrolls
 
 # Every axis size of a mesh of 8 divides these.
 WIDE = dict(hidden_size=64, num_attention_heads=8, num_key_value_heads=8, head_dim=8, intermediate_size=64)
@@ -66,13 +67,13 @@ def test_no_layout_changes_a_number(trial, expected, changes):
 
 
 def test_what_was_measured_on_a_gpu_is_what_runs_there(trial):
-    assert [model_lib.remat_ladder(platform)[0] for platform in ("cpu", "gpu", "tpu")] == ["minimal", "minimal", "none"]
-    assert [platform for platform in ("cpu", "gpu", "tpu") if model_lib.unrolls(platform)] == ["gpu"]
+    assert [remat_ladder(platform)[0] for platform in ("cpu", "gpu", "tpu")] == ["minimal", "minimal", "none"]
+    assert [platform for platform in ("cpu", "gpu", "tpu") if unrolls(platform)] == ["gpu"]
     pairs = data.from_pairs(standin.make_pairs(standin.lengths("ultrafeedback", 256), 400))
     layout = batching.make_layout(pairs, config_lib.DataConfig(train="rows"), 64, "auto", 1, "gpu", attention="cudnn")
     assert layout.rows_per_device * layout.row_lengths[-1] == 3 * 2304
     for unroll in (False, True):
-        model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1, unroll=unroll)
+        model = dataclasses.replace(step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1), unroll=unroll)
         jaxpr = jax.make_jaxpr(lambda params, rows, model=model: model.hidden(params, rows)[0])(
             weights.abstract_params(trial.arch), packing.empty_rows(1, 2304, 2))
         assert (f"unroll={trial.arch.spec.num_layers}" in str(jaxpr)) == unroll
@@ -198,7 +199,7 @@ NO_ROOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while tr
 
 
 def test_remat_steps_down_until_the_step_fits():
-    steps = {remat: compiled_step(remat) for remat in model_lib.REMAT}
+    steps = {remat: compiled_step(remat) for remat in REMAT}
     need = {remat: step_lib.bytes_needed(step) for remat, step in steps.items()}
     print({remat: f"{count / 1e6:.1f} MB" for remat, count in need.items()})
     assert list(need) == sorted(need, key=lambda remat: -need[remat]) == ["none", "minimal", "attention", "full"]
@@ -212,8 +213,8 @@ def test_remat_steps_down_until_the_step_fits():
             tried.append(remat)
             return stands_for(NO_ROOM if remat in broken else steps[remat])
 
-        step, remat, count = step_lib.compile_to_fit(make, list(model_lib.REMAT), (), limit)
-        assert tried == list(model_lib.REMAT)[:tried.index(remat) + 1]  # none is compiled in vain
+        step, remat, count = step_lib.compile_to_fit(make, list(REMAT), (), limit)
+        assert tried == list(REMAT)[:tried.index(remat) + 1]  # none is compiled in vain
         assert step is steps[remat] and count == need[remat]
         return remat
 
@@ -228,10 +229,9 @@ def test_remat_steps_down_until_the_step_fits():
 def test_a_step_that_no_remat_makes_fit_says_what_to_change():
     with pytest.raises(ValueError, match=r"model.remat: must leave room for the step on a device of 2.0 GB, got "
                                          "'full'; choose a smaller train.rows_per_device"):
-        step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), list(model_lib.REMAT), (), 2 * 10**9)
+        step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), list(REMAT), (), 2 * 10**9)
     with pytest.raises(ValueError, match="got 'none'"):
         step_lib.compile_to_fit(lambda _: stands_for(NO_ROOM), ["none"], (), 2 * 10**9)
     # Any other error of the compiler is a bug, and no reason to try the next.
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        step_lib.compile_to_fit(lambda _: stands_for(jax.errors.JaxRuntimeError("INTERNAL: oh")), [*model_lib.REMAT],
-                                (), 1)
+        step_lib.compile_to_fit(lambda _: stands_for(jax.errors.JaxRuntimeError("INTERNAL: oh")), list(REMAT), (), 1)
