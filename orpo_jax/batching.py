@@ -67,7 +67,8 @@ COSTS = {
     # (Qwen2-0.5B's shape) about half as many micro-batches, of looped layers, took 0.08 s off a step of 0.68.
     "gpu": Costs(ROW_UNIT, 8192, 400),
 }
-# How much more than the best a layout may cost that is simpler.
+# How much more than the best a layout may cost that is simpler. On an H200 (Qwen2-0.5B's shape, 64 pairs of
+# UltraFeedback's lengths a step) it makes three lengths: 154.7 pairs a second. At 0.05 there are two, and 147.0.
 SLACK = 0.02
 
 
