@@ -155,6 +155,10 @@ class Layout:
         at key_cost, half a row on average, and what a micro-batch costs beside."""
         return sum(self._cost(self.num_micro(self.plan(step)), key_cost) for step in steps)
 
+    def least_cost(self, steps: Iterable[np.ndarray]) -> float:
+        """Returns what `cost` is not below, without packing: as if pairs could be cut anywhere, and read no keys."""
+        return sum(self._cost(next(self._proposals(step))) for step in steps)
+
     def fill(self, steps: Iterable[np.ndarray]) -> float:
         """Returns which share of the computed positions holds tokens, over steps of pairs of these sizes."""
         steps = list(steps)
@@ -231,9 +235,14 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         return layouts[0]
     sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
-    of_layouts = [layout.cost(steps, key_cost) for layout in layouts]
-    good = [layout for layout, cost in zip(layouts, of_layouts, strict=True)
-            if cost <= min(of_layouts) * (1 + SLACK)]
+    tried: list[tuple[float, Layout]] = []
+    limit = math.inf
+    for least, layout in sorted(((layout.least_cost(steps), layout) for layout in layouts), key=lambda pair: pair[0]):
+        if least > limit:
+            break
+        tried.append((layout.cost(steps, key_cost), layout))
+        limit = min(cost for cost, _ in tried) * (1 + SLACK)
+    good = [layout for cost, layout in tried if cost <= limit]
     # Few lengths make a program that compiles fast, short rows take little memory.
     return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],
                                          layout.row_lengths[-1]))

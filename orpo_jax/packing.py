@@ -14,6 +14,7 @@ Shapes: B rows, T tokens of a row, S pair slots of a row, E tokens of the encode
 """
 
 import bisect
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,20 +98,21 @@ def pack(sizes_PC: np.ndarray, rooms_RC: np.ndarray) -> list[list[int]] | None:
     and the best fit is found; the others (slots, ...) must have room too. rooms_RC: what each row has of them.
     """
     rows: list[list[int]] = [[] for _ in rooms_RC]
-    room_of = np.array(rooms_RC)
-    open_rows = sorted((int(room[0]), row) for row, room in enumerate(room_of))  # (positions left, row)
+    # Lists: of four numbers each, they take a quarter of the time that arrays do.
+    size_of, room_of = sizes_PC.tolist(), rooms_RC.tolist()
+    open_rows = sorted((room[0], row) for row, room in enumerate(room_of))  # (positions left, row)
     for pair in np.lexsort((np.arange(len(sizes_PC)), -sizes_PC[:, 0])).tolist():
-        size_C = sizes_PC[pair]
-        fit = bisect.bisect_left(open_rows, (int(size_C[0]), -1))
-        while fit < len(open_rows) and (room_of[open_rows[fit][1]] < size_C).any():
+        size_C = size_of[pair]
+        fit = bisect.bisect_left(open_rows, (size_C[0], -1))
+        while fit < len(open_rows) and any(map(operator.lt, room_of[open_rows[fit][1]], size_C)):
             fit += 1
         if fit == len(open_rows):
             return None
         row = open_rows.pop(fit)[1]
         rows[row].append(pair)
-        room_of[row] -= size_C
-        if (room_of[row] > 0).all():
-            bisect.insort(open_rows, (int(room_of[row][0]), row))
+        room_of[row] = list(map(operator.sub, room_of[row], size_C))
+        if min(room_of[row]) > 0:
+            bisect.insort(open_rows, (room_of[row][0], row))
     return rows
 
 

@@ -10,8 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
                                     "--xla_backend_optimization_level=0"])
 os.environ["ORPO_JAX_CACHE"] = tempfile.mkdtemp(prefix="orpo_jax_test_cache_")
-# What one test compiled another need not: all take 1,450 s, without this 1,640. Set where pytest starts, its workers have
-# it too.
+# What one test compiled another need not: all take 1,450 s, without this 1,640. Set where pytest starts, its workers
+# have it too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": tempfile.mkdtemp(prefix="orpo_jax_test_xla_"),
                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}

@@ -222,6 +222,19 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
     assert fill >= 0.85
 
 
+@pytest.mark.parametrize(("platform", "packing", "key_cost"), [
+    ("cpu", True, 2e-4), ("gpu", True, 0.0), ("tpu", True, 0.0), ("cpu", False, 2e-4)])
+def test_no_better_layout_is_left_untried(platform, packing, key_cost, monkeypatch):
+    pairs, config = Lengths(standin.lengths("hh", 600)), DataConfig(train="rows", packing=packing)
+    choose = lambda: make_layout(pairs, config, 32, "auto", 2, platform, key_cost=key_cost)
+    tried, cost = [], batching.Layout.cost
+    monkeypatch.setattr(batching.Layout, "cost", lambda self, *args: tried.append(self) or cost(self, *args))
+    chosen, some = choose(), len(tried)
+    monkeypatch.setattr(batching.Layout, "least_cost", lambda self, steps: 0.0)
+    assert choose() == chosen
+    assert some < len(tried) - some  # it does leave some out, of those that all are tried of now
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_pair_lies_where_its_scored_positions_have_room(packing):
     """Rows of long prompts and short responses, and a few pairs that are all response."""
