@@ -242,10 +242,13 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
             break
         tried.append((layout.cost(steps, key_cost), layout))
         limit = min(cost for cost, _ in tried) * (1 + SLACK)
-    good = [layout for cost, layout in tried if cost <= limit]
+
     # Few lengths make a program that compiles fast, short rows take little memory.
-    return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],
-                                         layout.row_lengths[-1]))
+    def preference(cost: float, layout: Layout) -> tuple[float, ...]:
+        longest = layout.row_lengths[-1]
+        return len(layout.row_lengths), layout.rows_per_device * longest, longest, cost
+
+    return min((one for one in tried if one[0] <= limit), key=lambda one: preference(*one))[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -227,8 +227,14 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
 def test_no_better_layout_is_left_untried(platform, packing, key_cost, monkeypatch):
     pairs, config = Lengths(standin.lengths("hh", 600)), DataConfig(train="rows", packing=packing)
     choose = lambda: make_layout(pairs, config, 32, "auto", 2, platform, key_cost=key_cost)
-    tried, cost = [], batching.Layout.cost
-    monkeypatch.setattr(batching.Layout, "cost", lambda self, *args: tried.append(self) or cost(self, *args))
+    tried, cost, least_cost = [], batching.Layout.cost, batching.Layout.least_cost
+
+    def watched(layout, steps, key_cost):
+        tried.append(cost(layout, steps, key_cost))
+        assert least_cost(layout, steps) <= tried[-1]
+        return tried[-1]
+
+    monkeypatch.setattr(batching.Layout, "cost", watched)
     chosen, some = choose(), len(tried)
     monkeypatch.setattr(batching.Layout, "least_cost", lambda self, steps: 0.0)
     assert choose() == chosen

@@ -252,7 +252,7 @@ def test_a_mesh_changes_nothing(backend, heads, mesh_sizes):
     # Each device has its part of the rows, and of the query heads.
     assert got[0].sharding.shard_shape(got[0].shape)[0] == len(LAYOUTS) // (mesh_sizes[0] * mesh_sizes[1])
     text = step.as_text()
-    assert "all-to-all" not in text and "collective-permute" not in text
+    assert "ENTRY" in text and "all-to-all" not in text and "collective-permute" not in text
 
 
 def test_on_cuda_each_device_calls_cudnn_on_its_own_rows_and_heads(cudnn_library):

@@ -556,4 +556,13 @@ def test_the_config_in_the_folder_is_the_resolved_one(tmp_path, model_folder, ro
     config = config_lib.build(settings(tmp_path / "run", model_folder, **rows))
     train.run(config)
     assert config_lib.build(json.loads((tmp_path / "run" / "config.json").read_text())) == config
-    assert jax.config.jax_compilation_cache_dir
+
+
+def test_what_is_compiled_is_kept_beside_the_token_ids(tmp_path, model_folder, rows, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    of_tests = jax.config.jax_compilation_cache_dir
+    try:
+        train.run(settings(tmp_path / "run", model_folder, **rows))
+        assert jax.config.jax_compilation_cache_dir == str(data.CACHE / "xla")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", of_tests)
