@@ -98,7 +98,7 @@ def pack(sizes_PC: np.ndarray, rooms_RC: np.ndarray) -> list[list[int]] | None:
     and the best fit is found; the others (slots, ...) must have room too. rooms_RC: what each row has of them.
     """
     rows: list[list[int]] = [[] for _ in rooms_RC]
-    # Lists: of four numbers each, they take a quarter of the time that arrays do.
+    # Lists: with arrays of four numbers each, layouts take 2.4 times as long to choose.
     size_of, room_of = sizes_PC.tolist(), rooms_RC.tolist()
     open_rows = sorted((room[0], row) for row, room in enumerate(room_of))  # (positions left, row)
     for pair in np.lexsort((np.arange(len(sizes_PC)), -sizes_PC[:, 0])).tolist():
