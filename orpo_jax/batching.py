@@ -57,20 +57,31 @@ class Costs(NamedTuple):
     # What a micro-batch costs beside its positions, in positions. Gradients are zeroed, written and added, 20 bytes a
     # weight; a position takes 6 FLOPs a weight. On two CPU cores (8 GB/s, 250 GFLOP/s) that makes 100 positions.
     micro_cost: int
+    # What one more row length costs, once: the FLOPs that the device does in the time that its loop compiles.
+    compile_flops: float
 
 
 ROW_UNIT, CPU_ROW_UNIT = 128, 64
 COSTS = {
-    "cpu": Costs(CPU_ROW_UNIT, 2048, 128),
-    "tpu": Costs(ROW_UNIT, 4096, 128),
+    # 2.5 s a length (SmolLM2-135M, two cores; 1 to 12 lengths) at 160 GFLOP/s.
+    "cpu": Costs(CPU_ROW_UNIT, 2048, 128, 4e11),
+    # An estimate: 20 s at half the peak of a v5p (twice that of a v5e).
+    "tpu": Costs(ROW_UNIT, 4096, 128, 4e15),
     # 400 is an estimate: 500 to 980 by the data sheets of A100, H200 and H100, at half of their peak FLOPs. On an H200
-    # (Qwen2-0.5B's shape) about half as many micro-batches, of looped layers, took 0.08 s off a step of 0.68.
-    "gpu": Costs(ROW_UNIT, 8192, 400),
+    # (Qwen2-0.5B's shape) about half as many micro-batches, of looped layers, took 0.08 s off a step of 0.68; a third
+    # length took 19 s. That is 6e15 FLOPs there and, if as long, 2e15 on an A100 at half its peak.
+    "gpu": Costs(ROW_UNIT, 8192, 400, 3e15),
 }
 # How much more than the best a layout may cost that is simpler. On an H200 (Qwen2-0.5B's shape, 64 pairs of
 # UltraFeedback's lengths a step, each at its fastest of three rounds) it makes three lengths: 154.7 pairs a second. At
 # 0.05 there are two, and 147.0.
 SLACK = 0.02
+# Into how many parts the longest row, or without packing the pairs, may be cut for shorter lengths: as many as pay for
+# their compilation in the steps of the run.
+PARTS = (1, 2, 3, 4, 6, 8, 12)
+# Shorter rows that are for what a step's longest rows leave over. Three change nothing (HH's and UltraFeedback's
+# lengths, 4 to 512 pairs a step, 1 to 64 shards: the same layouts).
+MOST_SHORTER = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +137,24 @@ class Layout:
         Packed, a step is so many micro-batches of the longest rows, and at most one of each shorter length for what is
         left: every shard has the same rows, and without those a whole row of each would be lost to the rounding.
         """
-        rooms, need = np.array([self.room(length) for length in self.row_lengths]), sizes.sum(axis=0)
+        rooms = np.array([self.room(length) for length in self.row_lengths])
         if not self.packing:  # each pair in the shortest row that has room for it
             shortest = (sizes[:, None] <= rooms).all(axis=-1).argmax(axis=1)
             yield [-(-count // self.rows) for count in np.bincount(shortest, minlength=len(rooms)).tolist()]
             return
+        need, longest = sizes.sum(axis=0), np.eye(len(rooms), dtype=int)[-1]
         least, most = int((need // (self.rows * rooms[-1])).max()), -(-len(sizes) // self.rows)
-        shorter = list(itertools.product((0, 1), repeat=len(rooms) - 1))
-        few = sorted(((*some, full) for full in range(least, least + 2) for some in shorter), key=self._cost)
-        yield from (counts for counts in few if (self.rows * (counts @ rooms) >= need).all())
-        yield from ((*shorter[0], full) for full in range(least + 2, max(least + 2, most) + 1))
+        few = self._few + least * longest
+        yield from few[(self.rows * (few @ rooms) >= need).all(axis=1)].tolist()
+        yield from (full * longest for full in range(least + 2, max(least + 2, most) + 1))
+
+    @functools.cached_property
+    def _few(self) -> np.ndarray:
+        """Micro-batches of each length, from the cheapest on: of the longest one or none, and up to MOST_SHORTER of
+        shorter lengths."""
+        some = [counts for counts in itertools.product((0, 1), repeat=len(self.row_lengths))
+                if sum(counts[:-1]) <= MOST_SHORTER]
+        return np.array(sorted(some, key=self._cost))
 
     def _cost(self, num_micro: Sequence[int], key_cost: float = 0.0) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
@@ -176,12 +195,14 @@ FULL_ROW_LENGTH = 2048
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
                 platform: str, rows_per_step: int | None = None, attention: str = "xla",
-                nll_scope: str = "sequence", key_cost: float = 0.0) -> Layout:
+                nll_scope: str = "sequence", key_cost: float = 0.0, position_flops: float = 0.0,
+                num_steps: float = 1.0) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard
     has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. key_cost: what it
     costs a position to attend to one more key of its row, in positions; 0 for kernels that skip what nobody sees.
+    position_flops: what a device computes for a position; with it, lengths are as many as `num_steps` steps pay for.
     """
     if pairs.encodes:
         config = dataclasses.replace(config, packing=False)  # an encoder reads one prompt to a row
@@ -202,14 +223,16 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
             raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got "
                              f"{config.row_length}; set 'auto', or lower data.max_length")
         tops = {config.row_length}
-    # Packed rows come short at a step's end only, others always: those have lengths for equal shares of the pairs.
-    if config.packing:
-        shorter = lambda top: [[top / part for part in parts] for parts in ((), (2,), (2, 4), (4 / 3, 2, 4), (2, 4, 8))]
-    else:
-        shorter = lambda top: [np.quantile(lengths, np.arange(1, n) / n) for n in (1, 2, 4)]
     one_length = config.row_length != "auto" or rows_per_step is not None
-    row_lengths = sorted({tuple(sorted({*map(round_up, some), top})) for top in tops
-                          for some in ([()] if one_length else shorter(top))})
+
+    def cut(top: int, parts: int) -> tuple[int, ...]:
+        """Returns row lengths. Packed rows come short at a step's end only, others always: those have a length for each
+        of equal shares of the pairs."""
+        shares = np.arange(1, parts) / parts
+        shorter = (top * shares if config.packing else np.quantile(lengths, shares)).tolist()
+        return tuple(sorted({*map(round_up, shorter), top}))
+
+    row_lengths = sorted({cut(top, parts) for top in tops for parts in (PARTS[:1] if one_length else PARTS)})
     step_rows = rows_per_step or batch_size
 
     def candidates() -> Iterator[Layout]:
@@ -236,13 +259,16 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         return layouts[0]
     sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
     steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
-    least_of = {layout: layout.least_cost(steps) for layout in layouts}
+    # Of compiling a row length, in positions of these steps.
+    length_cost = costs.compile_flops / position_flops * len(steps) / num_steps if position_flops else 0.0
+    once_of = {layout: len(layout.row_lengths) * length_cost for layout in layouts}
+    least_of = {layout: layout.least_cost(steps) + once_of[layout] for layout in layouts}
     cost_of: dict[Layout, float] = {}
     limit = math.inf
     for layout in sorted(layouts, key=lambda layout: least_of[layout]):
         if least_of[layout] > limit:
             break  # no layout from here on can be good
-        cost_of[layout] = layout.cost(steps, key_cost)
+        cost_of[layout] = layout.cost(steps, key_cost) + once_of[layout]
         limit = min(limit, cost_of[layout] * (1 + SLACK))
     good = [layout for layout, cost in cost_of.items() if cost <= limit]
     # Few lengths make a program that compiles fast, short rows take little memory.

@@ -44,6 +44,11 @@ def layer_weights(arch: Architecture, *paths: str) -> int:
                if weight.decays and weight.path.startswith(paths))
 
 
+def position_flops(arch: Architecture) -> float:
+    """Returns the FLOPs of a forward and a backward pass for a position, those of attention's scores left out."""
+    return 6.0 * matmul_weights(arch)
+
+
 def key_cost(arch: Architecture, attention: str) -> float:
     """Returns what it costs a position to attend to one more key of its row, in what it costs beside attention.
 

@@ -82,8 +82,10 @@ def make_program(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, pa
     attention = "xla" if arch.encodes else step_lib.choose_attention(
         config.model.attention, mesh.devices.flat[0].platform, arch.spec, dtype,
         batching.ROW_UNIT if config.data.row_length == "auto" else config.data.row_length)
-    batches, model = lay_out(config, arch, mesh, attention, pairs, config.train.batch_size,
-                             config.seed if config.data.shuffle else None, config.train.rows_per_step)
+    train = config.train
+    planned_steps = train.max_steps if train.max_steps > 0 else train.num_train_epochs * len(pairs) / train.batch_size
+    batches, model = lay_out(config, arch, mesh, attention, pairs, train.batch_size, planned_steps,
+                             config.seed if config.data.shuffle else None, train.rows_per_step)
 
     total_steps = batching.total_steps(batches, config.train.num_train_epochs, config.train.max_steps)
     schedule = optim.learning_rate_schedule(config.optim, total_steps)
@@ -96,15 +98,19 @@ def make_program(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, pa
 
 
 def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attention: str, pairs: data.Pairs,
-            batch_size: int, seed: int | None = None, rows_per_step: int | None = None
+            batch_size: int, num_steps: float, seed: int | None = None, rows_per_step: int | None = None
             ) -> tuple[Batches, step_lib.Model]:
-    """Returns the batches of some pairs, and the model that takes them. attention: a back end of kernels.py."""
+    """Returns the batches of some pairs, for about num_steps steps, and the model that takes them.
+
+    attention: a back end of kernels.py.
+    """
     platform = mesh.devices.flat[0].platform
     coef = router_coef(config, arch)
     pairs.tail = int(bool(coef))  # the routers' statistics have the last response token too
     layout = batching.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
-                                  flops.key_cost(arch, attention))
+                                  flops.key_cost(arch, attention),
+                                  flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
                                 attention, coef))

@@ -157,7 +157,10 @@ def prepare(config: Config, base: pathlib.Path | None, train_rows: Rows | None, 
         data.check_tables(some, arch.spec.vocab_size, arch.spec.max_positions, name)
 
     program = make_program(config, arch, mesh, pairs, optimizer)
-    held_out = {name: lay_out(config, arch, mesh, program.model.attention, some, config.eval.batch_size)
+    evaluations = sum(evaluates(config, step, program.batches.steps_per_epoch, step == program.total_steps)
+                      for step in range(1, program.total_steps + 1))
+    held_out = {name: lay_out(config, arch, mesh, program.model.attention, some, config.eval.batch_size,
+                              max(evaluations, 1) * len(some) / config.eval.batch_size)
                 for name, some in eval_pairs.items()}
     log.info("%s", program)
     return Job(**vars(program), pretrained=pretrained, eval_batches={name: b for name, (b, _) in held_out.items()},

@@ -222,11 +222,13 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
     assert fill >= 0.85
 
 
-@pytest.mark.parametrize(("platform", "packing", "key_cost"), [
-    ("cpu", True, 2e-4), ("gpu", True, 0.0), ("tpu", True, 0.0), ("cpu", False, 2e-4)])
-def test_no_better_layout_is_left_untried(platform, packing, key_cost, monkeypatch):
+@pytest.mark.parametrize(("platform", "packing", "key_cost", "position_flops"), [
+    ("cpu", True, 2e-4, 0.0), ("gpu", True, 0.0, 0.0), ("tpu", True, 0.0, 0.0), ("cpu", False, 2e-4, 0.0),
+    ("cpu", True, 2e-4, 1e9), ("gpu", True, 0.0, 3e9)])
+def test_no_better_layout_is_left_untried(platform, packing, key_cost, position_flops, monkeypatch):
     pairs, config = Lengths(standin.lengths("hh", 600)), DataConfig(train="rows", packing=packing)
-    choose = lambda: make_layout(pairs, config, 32, "auto", 2, platform, key_cost=key_cost)
+    choose = lambda: make_layout(pairs, config, 32, "auto", 2, platform, key_cost=key_cost,
+                                 position_flops=position_flops, num_steps=1000)
     tried, cost, least_cost = [], batching.Layout.cost, batching.Layout.least_cost
 
     def watched(layout, steps, key_cost):
@@ -239,6 +241,26 @@ def test_no_better_layout_is_left_untried(platform, packing, key_cost, monkeypat
     monkeypatch.setattr(batching.Layout, "least_cost", lambda self, steps: 0.0)
     assert choose() == chosen
     assert some < len(tried) - some  # it does leave some out, of those that all are tried of now
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("platform", "shards", "batch_size"), [("cpu", 1, 4), ("gpu", 1, 64), ("tpu", 16, 64)])
+def test_a_run_has_as_many_row_lengths_as_its_steps_pay_for(platform, shards, batch_size, packing):
+    pairs, flops = Lengths(standin.lengths("hh", 2000)), {"cpu": 1e9, "gpu": 3e9, "tpu": 5e10}[platform]
+    sizes, counts = np.random.default_rng(0).permutation(pairs.sizes(True)), (1, 30, 1000, 30_000, 1_000_000)
+    steps = [sizes[start:start + batch_size] for start in range(0, len(sizes), batch_size)]
+    layouts = [make_layout(pairs, DataConfig(train="rows", packing=packing), batch_size, "auto", shards, platform,
+                           position_flops=flops, num_steps=count) for count in counts]
+
+    def seconds(layout, count):
+        """Of compiling, and of all steps, in those of a position."""
+        return (len(layout.row_lengths) * batching.COSTS[platform].compile_flops / flops
+                + layout.cost(steps, 0.0) / len(steps) * count)
+
+    for count, layout in zip(counts, layouts, strict=True):
+        assert seconds(layout, count) <= (1 + batching.SLACK) * min(seconds(other, count) for other in layouts)
+    lengths = [len(layout.row_lengths) for layout in layouts]
+    assert lengths == sorted(lengths) and lengths[0] <= 2 < lengths[-1]
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -25,6 +25,10 @@ from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
 from orpo_jax.model import remat_ladder, unrolls
 
+# How long a run the layout is made for: its row lengths are as many as pay for their compilation. Three epochs, the
+# default, of UltraFeedback's 61,000 pairs, 64 to a step, are about as long.
+RUN_STEPS = 3000
+
 
 class Steps(NamedTuple):
     """What `clock` takes, and the compiler's count of the FLOPs per pair of the timed steps."""
@@ -44,7 +48,8 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     if system.attention not in ("auto", attention):
         raise ValueError(f"attention {system.attention!r} does not run here, and {attention!r} is not that system")
     layout = batching.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
-                                  key_cost=flops.key_cost(arch, attention))
+                                  key_cost=flops.key_cost(arch, attention),
+                                  position_flops=flops.position_flops(arch), num_steps=RUN_STEPS)
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (batching.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 
