@@ -88,6 +88,19 @@ def kill_and_restart(tmp_path, config, kills, rng):
     return resumed + ("going on from step" in output)
 
 
+def test_a_longer_run_is_laid_out_in_more_row_lengths(tmp_path, model_folder, rows, one_device):
+    """The held-out rows too, by how often they are evaluated."""
+    def lengths(max_steps, eval_steps):
+        config = settings(tmp_path, model_folder, train__max_steps=max_steps, eval__eval_steps=eval_steps,
+                          eval__batch_size=4, **{**rows, "data__eval": rows["data__train"]})
+        job = train.prepare(config_lib.build(config), None, None, None, None)
+        return tuple(len(batches.layout.row_lengths) for batches in (job.batches, job.eval_batches[None]))
+
+    few, (many, held_out_once) = lengths(1, 1), lengths(10_000_000, 10_000_000)
+    assert few == (1, 1) and many > 1 and held_out_once == 1
+    assert lengths(10_000_000, 2)[1] > 1
+
+
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_run_killed_many_times_ends_like_one_that_was_not(tmp_path, model_folder, rows, kills):
     common = rows | dict(train__max_steps=120 * kills, checkpoint__save_steps=17, checkpoint__save_total_limit=2,

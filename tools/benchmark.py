@@ -26,7 +26,8 @@ Columns
   a float32 matrix product measured before the runs.
 - peak GiB: of the process on CPU (with the model's files read and the libraries), of the device's allocator on GPUs.
 - compile s: what the first step took beyond a second one over the same pairs, the least of all rounds. Without a
-  compiler it is what else happens once: memory is asked for, and kernels are chosen.
+  compiler it is what else happens once: memory is asked for, and kernels are chosen. orpo_jax compiles as many row
+  lengths as it would for a run of jax_side.RUN_STEPS steps.
 """
 
 import argparse
