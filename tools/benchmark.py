@@ -140,7 +140,8 @@ def choose_systems(args: argparse.Namespace) -> list[str]:
 
 
 def make_pairs(args: argparse.Namespace, model: pathlib.Path, count: int) -> list[packing.Pair]:
-    """Returns the pairs of a run: synthetic ones, or the first of --data; ValueError where it holds too few."""
+    """Returns `count` synthetic pairs, or all of --data, of which steps take the first and layouts are made for all;
+    ValueError where it holds too few."""
     if not args.data:
         sizes = standin.lengths(args.lengths, count, args.scale)
         return standin.make_pairs(sizes, read_config(model)["vocab_size"])
@@ -149,16 +150,17 @@ def make_pairs(args: argparse.Namespace, model: pathlib.Path, count: int) -> lis
                                data_config)
     if len(found) < count:
         raise ValueError(f"--data: must hold (--warmup + --steps) * --pairs = {count} pairs, got {len(found)}")
-    return [found[i] for i in range(count)]
+    return [found[i] for i in range(len(found))]
 
 
 def prepare(args: argparse.Namespace, folder: pathlib.Path, shape: str) -> Settings:
     """Writes the model, if it is a named shape, and the pairs into the folder; returns the settings of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     model = models.write_model(shape, folder / "model") if shape in models.SHAPES else pathlib.Path(shape)
-    pairs_lib.save(make_pairs(args, model, (args.warmup + args.steps) * args.pairs), folder / "pairs.npz")
     same = {name: getattr(args, name) for name in ("device", "dtype", "pairs", "micro", "warmup", "steps")}
-    return Settings(str(model), str(folder / "pairs.npz"), rows=args.rows or "auto", **same)
+    settings = Settings(str(model), str(folder / "pairs.npz"), rows=args.rows or "auto", **same)
+    pairs_lib.save(make_pairs(args, model, settings.pairs_taken), folder / "pairs.npz")
+    return settings
 
 
 def branches(pairs: Sequence[pairs_lib.Pair]) -> np.ndarray:
@@ -169,7 +171,8 @@ def branches(pairs: Sequence[pairs_lib.Pair]) -> np.ndarray:
 
 def make_work(settings: Settings, arch: Architecture) -> report.Work:
     """Returns what the pairs of the timed steps hold, and the machine's peak."""
-    timed = pairs_lib.load(pathlib.Path(settings.pairs_file))[settings.warmup * settings.pairs:]
+    taken = pairs_lib.load(pathlib.Path(settings.pairs_file))[:settings.pairs_taken]
+    timed = taken[settings.warmup * settings.pairs:]
     steps = [timed[i:i + settings.pairs] for i in range(0, len(timed), settings.pairs)]
     work = flops.step_flops(arch, branches(timed))
     return report.Work(settings.pairs, [sum(len(ids) for pair in step for ids in pair[:2]) for step in steps],

@@ -116,7 +116,7 @@ def trl_layout_loss(arch: Architecture, settings: Settings, attend_of: Attend | 
 def trl_layout_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Architecture,
                     params: weights.Params, mesh: jax.sharding.Mesh) -> Steps:
     """Returns a step over micro-batches [2B, T], chosen above rejected, padded to the longest sequence of the run."""
-    width = -(-max(pair.longest for pair in pairs) // 64) * 64
+    width = -(-max(pair.longest for pair in pairs[:settings.pairs_taken]) // 64) * 64
     loss_of = trl_layout_loss(arch, settings)
     optimizer, _ = make_optimizer(settings, arch)
     opt_state = optimizer.init(params)

@@ -71,6 +71,11 @@ class Settings:
     beta: float = 0.1
     learning_rate: float = 1e-6
 
+    @property
+    def pairs_taken(self) -> int:
+        """How many of the file's pairs the steps take."""
+        return (self.warmup + self.steps) * self.pairs
+
 
 Result = dict[str, Any]
 
