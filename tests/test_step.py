@@ -1,6 +1,10 @@
 """The step's numbers do not depend on the mesh, the micro-batches, the rows or the sharing of prompts."""
 
+import ctypes
 import dataclasses
+import os
+import pathlib
+import sys
 import types
 
 import jax
@@ -196,6 +200,24 @@ def stands_for(compiled):
 
 
 NO_ROOM = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    """Blocks that are too small for glibc to map by themselves, below one that stays."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+    held = lambda: int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    blocks = [libc.malloc(100_000) for _ in range(2_000)]
+    for block in blocks:
+        libc.memset(block, 1, 100_000)
+    for block in blocks[:-1]:
+        libc.free(block)
+    before = held()
+    step_lib.release_freed_memory()
+    assert before - held() > 150_000_000
+    libc.free(blocks[-1])
 
 
 def test_remat_steps_down_until_the_step_fits():

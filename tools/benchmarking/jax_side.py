@@ -5,7 +5,9 @@ waited for before the next one's batch is made, so the overlap that a run has is
 """
 
 import dataclasses
+import functools
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,13 +60,19 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     model = dataclasses.replace(
         step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), settings.beta, attention),
         remat="full" if system.recompute else remat_ladder(platform)[0], unroll=unrolls(platform))
-    train_step = step_lib.make_train_step(model, optimizer, schedule, shardings)
     state = step_lib.initial_state(params, optimizer, shardings)
+
+    @functools.cache  # what the first step waits for
+    def train_step() -> Any:
+        make = lambda remat: step_lib.make_train_step(dataclasses.replace(model, remat=remat), optimizer, schedule,
+                                                      shardings)
+        example = batching.to_devices(batches.batch(0)[0], mesh)
+        return step_lib.compile_to_fit(make, [model.remat], (state, example), sys.maxsize)[0]
 
     def take(batches: batching.Batches, i: int) -> tuple[dict[str, Any], float, int]:
         nonlocal state
         batch, info = batches.batch(i)
-        state, sums, grad_norm, _ = train_step(state, batching.to_devices(batch, mesh))
+        state, sums, grad_norm, _ = train_step()(state, batching.to_devices(batch, mesh))
         jax.block_until_ready(state)
         return sums, float(grad_norm), info.slots
 
