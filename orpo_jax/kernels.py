@@ -110,17 +110,18 @@ def _cudnn_refusal(shape: Shape) -> str | None:
 
 
 def row_attention_of(backend: str, rows: Rows, *, branch_length: int | None = None, expanded_length: int | None = None,
-                     softcap: float | None = None, interpret: bool = False) -> Attend:
+                     softcap: float | None = None, unroll: bool = False, interpret: bool = False) -> Attend:
     """Returns the attention function of some rows, as the decoder calls it: (q, k, v, window, cache).
 
     backend: what `choose` returned. branch_length: at least the longest branch, its trunk included; by default T.
     expanded_length: at least what the branches of a row add up to; by default 2T, which always is. Longer branches
-    than these would be cut. interpret: run the kernel's program without its platform, for tests.
+    than these would be cut. unroll: lay XLA's attention out without loops. interpret: run the kernel's program without
+    its platform, for tests.
     """
     T = rows.ids.shape[1]
     match backend:
         case "xla":
-            return _xla(rows, softcap)
+            return _xla(rows, softcap, unroll)
         case "cudnn":
             return _cudnn(rows, branch_length or T, "xla" if interpret else "cudnn")
         case "cudnn_mask":
@@ -222,11 +223,12 @@ collapse.defvjp(lambda x_BE, expansion: (collapse(x_BE, expansion), expansion),
 # The back ends
 
 
-def _xla(rows: Rows, softcap: float | None) -> Attend:
+def _xla(rows: Rows, softcap: float | None, unroll: bool) -> Attend:
     """Returns XLA's attention, under the rows' own mask."""
     def kernel(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, q_end_BT: Array,
                window: Array | int | None) -> Array:
-        return attention.row_attention(positions_BT, q_end_BT, softcap)(q_BTNH, k_BTKH, v_BTKH, window, None)[0]
+        attend = attention.row_attention(positions_BT, q_end_BT, softcap, unroll)
+        return attend(q_BTNH, k_BTKH, v_BTKH, window, None)[0]
 
     def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | int | None, cache: Any) -> tuple[Array, Any]:
         return _on_devices(kernel, q_BTNH, k_BTKH, v_BTKH, rows.positions, rows.q_end, window), cache

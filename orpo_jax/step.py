@@ -147,7 +147,8 @@ class Model:
         room = self.layout.room(rows.ids.shape[1])
         token_weights_BT = branches_of(rows) if self.balances else None
         attend = kernels.row_attention_of(self.attention, rows, branch_length=self.layout.branch_length,
-                                          expanded_length=room.expanded, softcap=module.spec.attn_softcap)
+                                          expanded_length=room.expanded, softcap=module.spec.attn_softcap,
+                                          unroll=self.unroll)
         with head.precision(self.dtype):
             hidden_BTD, _, routed = module(rows.ids, rows.positions, attend, token_weights_BT=token_weights_BT,
                                            remat=self.remat, unroll=self.unroll)
