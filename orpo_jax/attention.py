@@ -68,7 +68,7 @@ def row_attention(positions_BT: Array, q_end_BT: Array, softcap: float | None = 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_blocks(softcap: float | None, unroll: bool, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array,
                q_end_BT: Array, window: Array | int | None) -> Array:
-    """Returns what `attend` does under the row's mask, one block of queries after the other.
+    """Returns what `attend` does under the rows' masks, one block of a row's queries after the other.
 
     Scores are computed again for the gradients, from the log of their sum (Dao et al. 2022, arXiv:2205.14135): kept,
     those of all layers would be most of a step's memory.
@@ -76,54 +76,67 @@ def _in_blocks(softcap: float | None, unroll: bool, q_BTNH: Array, k_BTKH: Array
     return _forward(softcap, unroll, q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT, window)[0]
 
 
+def _over_rows(unroll: bool, function: Callable, *of_rows_B: Array) -> Any:
+    """Returns the function of each row: of all at once, or one after the other where loops go by what a row holds."""
+    return jax.vmap(function)(*of_rows_B) if unroll else jax.lax.map(lambda of_row: function(*of_row), of_rows_B)
+
+
 def _forward(softcap: float | None, unroll: bool, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array,
              q_end_BT: Array, window: Array | int | None) -> tuple[Array, tuple]:
-    k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
-    q_IBKQH = _to_blocks(q_BTNH, k_BTKH.shape[2])
-    scores = _scores_of(softcap, positions_BT, q_end_BT, window)
+    def row(q_TNH: Array, k_TKH: Array, v_TKH: Array, positions_T: Array, q_end_T: Array) -> tuple[Array, Array]:
+        k_KTH, v_KTH = (x.swapaxes(0, 1) for x in (k_TKH, v_TKH))
+        q_IKQH = _to_blocks(q_TNH, len(k_KTH))
+        scores = _scores_of(softcap, positions_T, q_end_T, window)
 
-    def block(i: Any, keys: Keys, done: tuple[Array, Array]) -> tuple[Array, Array]:
-        scores_BKQS = scores(i, keys, _at(q_IBKQH, i), keys.of(k_BKTH, axis=2))
-        max_BKQ1 = jnp.max(scores_BKQS, axis=-1, keepdims=True)
-        exp_BKQS = jnp.exp(scores_BKQS - max_BKQ1)
-        sum_BKQ1 = jnp.sum(exp_BKQS, axis=-1, keepdims=True)
-        out_BKQH = _dot("bkqs,bksh->bkqh", exp_BKQS.astype(v_BKTH.dtype), keys.of(v_BKTH, axis=2)) / sum_BKQ1
-        return _put(done[0], out_BKQH, i), _put(done[1], max_BKQ1 + jnp.log(sum_BKQ1), i)
+        def block(i: Any, keys: Keys, done: tuple[Array, Array]) -> tuple[Array, Array]:
+            scores_KQS = scores(i, keys, _at(q_IKQH, i), keys.of(k_KTH, axis=1))
+            max_KQ1 = jnp.max(scores_KQS, axis=-1, keepdims=True)
+            exp_KQS = jnp.exp(scores_KQS - max_KQ1)
+            sum_KQ1 = jnp.sum(exp_KQS, axis=-1, keepdims=True)
+            out_KQH = _dot("kqs,ksh->kqh", exp_KQS.astype(v_KTH.dtype), keys.of(v_KTH, axis=1)) / sum_KQ1
+            return _put(done[0], out_KQH, i), _put(done[1], max_KQ1 + jnp.log(sum_KQ1), i)
 
-    out_IBKQH, lse_IBKQ1 = _over_blocks(unroll, q_end_BT, block, (
-        jnp.zeros_like(q_IBKQH), jnp.zeros((*q_IBKQH.shape[:-1], 1), jnp.float32)))
-    out_BTNH, lse_IBKQ1 = checkpoint_name((_to_tokens(out_IBKQH, q_BTNH.shape), lse_IBKQ1), "attn_out")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT, window, out_BTNH, lse_IBKQ1)
+        out_IKQH, lse_IKQ1 = _over_blocks(unroll, q_end_T, block, (
+            jnp.zeros_like(q_IKQH), jnp.zeros((*q_IKQH.shape[:-1], 1), jnp.float32)))
+        return _to_tokens(out_IKQH, q_TNH.shape), lse_IKQ1
+
+    out_BTNH, lse_BIKQ1 = checkpoint_name(
+        _over_rows(unroll, row, q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT), "attn_out")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT, window, out_BTNH, lse_BIKQ1)
 
 
 def _backward(softcap: float | None, unroll: bool, residuals: tuple, dout_BTNH: Array) -> tuple:
-    q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT, window, out_BTNH, lse_IBKQ1 = residuals
-    k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (k_BTKH, v_BTKH))
-    scale, dtype = k_BKTH.shape[-1]**-0.5, q_BTNH.dtype
-    q_IBKQH, out_IBKQH, dout_IBKQH = (_to_blocks(x, k_BTKH.shape[2]) for x in (q_BTNH, out_BTNH, dout_BTNH))
-    delta_IBKQ1 = jnp.sum(dout_IBKQH.astype(jnp.float32) * out_IBKQH.astype(jnp.float32), axis=-1, keepdims=True)
-    scores = _scores_of(softcap, positions_BT, q_end_BT, window)
+    *of_rows_B, window, out_BTNH, lse_BIKQ1 = residuals
 
-    def block(i: Any, keys: Keys, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        q_BKQH, dout_BKQH, k_BKSH = _at(q_IBKQH, i), _at(dout_IBKQH, i), keys.of(k_BKTH, axis=2)
-        scores_BKQS = scores(i, keys, q_BKQH, k_BKSH)
-        probs_BKQS = jnp.exp(scores_BKQS - _at(lse_IBKQ1, i))
-        dprobs_BKQS = _dot("bkqh,bksh->bkqs", dout_BKQH, keys.of(v_BKTH, axis=2))
-        dscores_BKQS = probs_BKQS * (dprobs_BKQS - _at(delta_IBKQ1, i)) * scale
-        if softcap is not None:
-            # A hidden score is far below -softcap, and its probability 0: 0 times the square of that is no number.
-            dscores_BKQS *= 1 - jnp.square(jnp.maximum(scores_BKQS, -softcap) / softcap)
-        dscores_BKQS, probs_BKQS = dscores_BKQS.astype(dtype), probs_BKQS.astype(dtype)
-        dq_IBKQH, dk_BKHT, dv_BKHT = sums
-        return (_put(dq_IBKQH, _dot("bkqs,bksh->bkqh", dscores_BKQS, k_BKSH), i),
-                keys.add(dk_BKHT, _dot("bkqh,bkqs->bkhs", q_BKQH, dscores_BKQS)),
-                keys.add(dv_BKHT, _dot("bkqh,bkqs->bkhs", dout_BKQH, probs_BKQS)))
+    def row(q_TNH: Array, k_TKH: Array, v_TKH: Array, positions_T: Array, q_end_T: Array, out_TNH: Array,
+            lse_IKQ1: Array, dout_TNH: Array) -> tuple[Array, Array, Array]:
+        k_KTH, v_KTH = (x.swapaxes(0, 1) for x in (k_TKH, v_TKH))
+        q_IKQH, out_IKQH, dout_IKQH = (_to_blocks(x, len(k_KTH)) for x in (q_TNH, out_TNH, dout_TNH))
+        delta_IKQ1 = jnp.sum(dout_IKQH.astype(jnp.float32) * out_IKQH.astype(jnp.float32), axis=-1, keepdims=True)
+        scores, scale, dtype = _scores_of(softcap, positions_T, q_end_T, window), k_KTH.shape[-1]**-0.5, q_TNH.dtype
 
-    # Keys come last: the small operand of each product over queries is the one to transpose.
-    zeros_BKHT = jnp.zeros(jnp.swapaxes(k_BKTH, 2, 3).shape, jnp.float32)
-    dq_IBKQH, *dkv_BKHT = _over_blocks(unroll, q_end_BT, block, (jnp.zeros_like(q_IBKQH), zeros_BKHT, zeros_BKHT))
-    dk_BTKH, dv_BTKH = (x.transpose(0, 3, 1, 2).astype(dtype) for x in dkv_BKHT)
-    return _to_tokens(dq_IBKQH, q_BTNH.shape), dk_BTKH, dv_BTKH, None, None, None
+        def block(i: Any, keys: Keys, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            q_KQH, dout_KQH, k_KSH = _at(q_IKQH, i), _at(dout_IKQH, i), keys.of(k_KTH, axis=1)
+            scores_KQS = scores(i, keys, q_KQH, k_KSH)
+            probs_KQS = jnp.exp(scores_KQS - _at(lse_IKQ1, i))
+            dprobs_KQS = _dot("kqh,ksh->kqs", dout_KQH, keys.of(v_KTH, axis=1))
+            dscores_KQS = probs_KQS * (dprobs_KQS - _at(delta_IKQ1, i)) * scale
+            if softcap is not None:
+                # A hidden score is far below -softcap, and its probability 0: 0 times the square of that is no number.
+                dscores_KQS *= 1 - jnp.square(jnp.maximum(scores_KQS, -softcap) / softcap)
+            dscores_KQS, probs_KQS = dscores_KQS.astype(dtype), probs_KQS.astype(dtype)
+            dq_IKQH, dk_KHT, dv_KHT = sums
+            return (_put(dq_IKQH, _dot("kqs,ksh->kqh", dscores_KQS, k_KSH), i),
+                    keys.add(dk_KHT, _dot("kqh,kqs->khs", q_KQH, dscores_KQS)),
+                    keys.add(dv_KHT, _dot("kqh,kqs->khs", dout_KQH, probs_KQS)))
+
+        # Keys come last: the small operand of each product over queries is the one to transpose.
+        zeros_KHT = jnp.zeros(jnp.swapaxes(k_KTH, 1, 2).shape, jnp.float32)
+        dq_IKQH, *dkv_KHT = _over_blocks(unroll, q_end_T, block, (jnp.zeros_like(q_IKQH), zeros_KHT, zeros_KHT))
+        dk_TKH, dv_TKH = (x.transpose(2, 0, 1).astype(dtype) for x in dkv_KHT)
+        return _to_tokens(dq_IKQH, q_TNH.shape), dk_TKH, dv_TKH
+
+    return *_over_rows(unroll, row, *of_rows_B, out_BTNH, lse_BIKQ1, dout_BTNH), None, None, None
 
 
 _in_blocks.defvjp(_forward, _backward)
@@ -138,17 +151,17 @@ class Keys(NamedTuple):
     def of(self, x: Array, axis: int) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, self.start, self.width, axis)
 
-    def add(self, sums_BKHT: Array, x_BKHS: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(sums_BKHT, self.of(sums_BKHT, 3) + x_BKHS, self.start, 3)
+    def add(self, sums_KHT: Array, x_KHS: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(sums_KHT, self.of(sums_KHT, 2) + x_KHS, self.start, 2)
 
 
-def _over_blocks(unroll: bool, q_end_BT: Array, block: Callable[[Any, Keys, Carry], Carry], carry: Carry) -> Carry:
-    """Returns the carry after `block(i, keys, carry)` for each block i of queries, in any order.
+def _over_blocks(unroll: bool, q_end_T: Array, block: Callable[[Any, Keys, Carry], Carry], carry: Carry) -> Carry:
+    """Returns the carry after `block(i, keys, carry)` for each block i of a row's queries, in any order.
 
     Keys run from the first that any query of the block sees, or a few before it: there is a loop for each of some
     widths, over the blocks that need it. With unroll they run from the row's first.
     """
-    T = q_end_BT.shape[1]
+    T = len(q_end_T)
     starts_I = np.arange(0, T, QUERY_BLOCK, dtype=np.int32)
     ends_I = np.minimum(starts_I + QUERY_BLOCK, T)
     if unroll:
@@ -157,8 +170,7 @@ def _over_blocks(unroll: bool, q_end_BT: Array, block: Callable[[Any, Keys, Carr
         return carry
     widths_W = np.array([*(QUERY_BLOCK * n for n in WIDTHS if QUERY_BLOCK * n < T), T], np.int32)
     # A block sees the keys before its end that are hidden from no query before its start.
-    keys_T, hidden_T = jnp.arange(T, dtype=jnp.int32), jnp.max(q_end_BT, axis=0)
-    first_I = jnp.min(jnp.where(hidden_T > starts_I[:, None], keys_T, T), axis=1)
+    first_I = jnp.min(jnp.where(q_end_T > starts_I[:, None], jnp.arange(T, dtype=jnp.int32), T), axis=1)
     width_I = jnp.searchsorted(widths_W, ends_I - first_I)
     order_I = jnp.argsort(width_I)
     bounds_W = jnp.searchsorted(width_I[order_I], jnp.arange(len(widths_W) + 1))
@@ -171,40 +183,38 @@ def _over_blocks(unroll: bool, q_end_BT: Array, block: Callable[[Any, Keys, Carr
     return carry
 
 
-def _scores_of(softcap: float | None, positions_BT: Array, q_end_BT: Array, window: Array | int | None
+def _scores_of(softcap: float | None, positions_T: Array, q_end_T: Array, window: Array | int | None
                ) -> Callable[[Any, Keys, Array, Array], Array]:
-    """Returns the function that gives masked float32 scores [B, K, Q, S] of a block's queries and some keys."""
-    def call(i: Any, keys: Keys, q_BKQH: Array, k_BKSH: Array) -> Array:
-        scores_BKQS = _dot("bkqh,bksh->bkqs", q_BKQH, k_BKSH) * q_BKQH.shape[-1]**-0.5
+    """Returns the function that gives masked float32 scores [K, Q, S] of a block's queries and some keys of a row."""
+    def call(i: Any, keys: Keys, q_KQH: Array, k_KSH: Array) -> Array:
+        scores_KQS = _dot("kqh,ksh->kqs", q_KQH, k_KSH) * q_KQH.shape[-1]**-0.5
         if softcap is not None:
-            scores_BKQS = softcap * jnp.tanh(scores_BKQS / softcap)
+            scores_KQS = softcap * jnp.tanh(scores_KQS / softcap)
         queries_T, keys_S = i * QUERY_BLOCK + jnp.arange(QUERY_BLOCK), keys.start + jnp.arange(keys.width)
-        mask_BTS = visible(queries_T, keys_S, keys.of(q_end_BT, axis=1))
+        mask_1TS = visible(queries_T, keys_S, keys.of(q_end_T, axis=0)[None])
         if window is not None:
-            q_positions_BT = positions_BT.at[:, queries_T].get(mode="clip")
-            mask_BTS &= within_window(q_positions_BT, keys.of(positions_BT, axis=1), window)
-        scores_BKGTS = scores_BKQS.reshape(*q_BKQH.shape[:2], -1, *mask_BTS.shape[1:])
-        masked_BKGTS = jnp.where(mask_BTS[:, None, None], scores_BKGTS, jnp.finfo(jnp.float32).min)
-        return masked_BKGTS.reshape(scores_BKQS.shape)
+            q_positions_T = positions_T.at[queries_T].get(mode="clip")
+            mask_1TS &= within_window(q_positions_T[None], keys.of(positions_T, axis=0)[None], window)
+        scores_KGTS = scores_KQS.reshape(len(q_KQH), -1, *mask_1TS.shape[1:])
+        return jnp.where(mask_1TS, scores_KGTS, jnp.finfo(jnp.float32).min).reshape(scores_KQS.shape)
 
     return call
 
 
-def _to_blocks(x_BTNH: Array, num_key_heads: int) -> Array:
-    """Returns [I, B, K, Q, H]: in each of I blocks, the queries of all heads that share a key head, as one matmul's
-    rows; the last block is padded."""
-    B, T, N, H = x_BTNH.shape
-    x_BTNH = jnp.pad(x_BTNH, ((0, 0), (0, -T % QUERY_BLOCK), (0, 0), (0, 0)))
-    x_BITKGH = x_BTNH.reshape(B, -1, QUERY_BLOCK, num_key_heads, N // num_key_heads, H)
-    x_IBKGTH = x_BITKGH.transpose(1, 0, 3, 4, 2, 5)
-    return x_IBKGTH.reshape(*x_IBKGTH.shape[:3], -1, H)
+def _to_blocks(x_TNH: Array, num_key_heads: int) -> Array:
+    """Returns [I, K, Q, H]: in each of I blocks, the queries of all heads that share a key head, as one matmul's rows;
+    the last block is padded."""
+    T, N, H = x_TNH.shape
+    x_TNH = jnp.pad(x_TNH, ((0, -T % QUERY_BLOCK), (0, 0), (0, 0)))
+    x_ITKGH = x_TNH.reshape(-1, QUERY_BLOCK, num_key_heads, N // num_key_heads, H)
+    return x_ITKGH.transpose(0, 2, 3, 1, 4).reshape(len(x_ITKGH), num_key_heads, -1, H)
 
 
-def _to_tokens(x_IBKQH: Array, shape: tuple[int, ...]) -> Array:
-    """Returns x [B, T, N, H], the inverse of `_to_blocks`."""
-    B, T, N, H = shape
-    x_IBKGTH = x_IBKQH.reshape(*x_IBKQH.shape[:3], -1, QUERY_BLOCK, H)
-    return x_IBKGTH.transpose(1, 0, 4, 2, 3, 5).reshape(B, -1, N, H)[:, :T]
+def _to_tokens(x_IKQH: Array, shape: tuple[int, ...]) -> Array:
+    """Returns x [T, N, H], the inverse of `_to_blocks`."""
+    T, N, H = shape
+    x_IKGTH = x_IKQH.reshape(*x_IKQH.shape[:2], -1, QUERY_BLOCK, H)
+    return x_IKGTH.transpose(0, 3, 1, 2, 4).reshape(-1, N, H)[:T]
 
 
 def _at(x_I: Array, i: Any) -> Array:

@@ -63,8 +63,8 @@ class Costs(NamedTuple):
 
 ROW_UNIT, CPU_ROW_UNIT = 128, 64
 COSTS = {
-    # 2.5 s a length (SmolLM2-135M, two cores; 1 to 12 lengths) at 160 GFLOP/s.
-    "cpu": Costs(CPU_ROW_UNIT, 2048, 128, 4e11),
+    # 3.2 s a length (SmolLM2-135M, two cores; 1 to 12 lengths) at 160 GFLOP/s.
+    "cpu": Costs(CPU_ROW_UNIT, 2048, 128, 5e11),
     # An estimate: 20 s at half the peak of a v5p (twice that of a v5e).
     "tpu": Costs(ROW_UNIT, 4096, 128, 4e15),
     # 400 is an estimate: 500 to 980 by the data sheets of A100, H200 and H100, at half of their peak FLOPs. On an H200
@@ -156,10 +156,10 @@ class Layout:
                 if sum(counts[:-1]) <= MOST_SHORTER]
         return np.array(sorted(some, key=self._cost))
 
-    def _cost(self, num_micro: Sequence[int], key_cost: float = 0.0) -> float:
+    def _cost(self, num_micro: Sequence[int]) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
         beside = self.encoder_length or 0
-        return sum(n * (self.rows_per_device * (length * (1 + key_cost * length / 2) + beside) + self.micro_cost)
+        return sum(n * (self.rows_per_device * (length + beside) + self.micro_cost)
                    for n, length in zip(num_micro, self.row_lengths, strict=True))
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
@@ -170,13 +170,13 @@ class Layout:
         beside = self.encoder_length or 0
         return sum(n * self.rows * (length + beside) for n, length in zip(num_micro, self.row_lengths, strict=True))
 
-    def cost(self, steps: Iterable[np.ndarray], key_cost: float) -> float:
-        """Returns what such steps cost each device, in positions: those it computes, the keys that each of them reads
-        at key_cost, half a row on average, and what a micro-batch costs beside."""
-        return sum(self._cost(self.num_micro(self.plan(step)), key_cost) for step in steps)
+    def cost(self, steps: Iterable[np.ndarray]) -> float:
+        """Returns what such steps cost each device, in positions: those it computes, and what a micro-batch costs
+        beside. What attention costs is left out: it goes by the pairs, not by the rows that hold them."""
+        return sum(self._cost(self.num_micro(self.plan(step))) for step in steps)
 
     def least_cost(self, steps: Iterable[np.ndarray]) -> float:
-        """Returns what `cost` is not below, without packing: as if pairs could be cut anywhere, and read no keys."""
+        """Returns what `cost` is not below, without packing: as if pairs could be cut anywhere."""
         return sum(self._cost(next(self._proposals(step))) for step in steps)
 
     def fill(self, steps: Iterable[np.ndarray]) -> float:
@@ -195,14 +195,12 @@ FULL_ROW_LENGTH = 2048
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
                 platform: str, rows_per_step: int | None = None, attention: str = "xla",
-                nll_scope: str = "sequence", key_cost: float = 0.0, position_flops: float = 0.0,
-                num_steps: float = 1.0) -> Layout:
+                nll_scope: str = "sequence", position_flops: float = 0.0, num_steps: float = 1.0) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard
-    has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. key_cost: what it
-    costs a position to attend to one more key of its row, in positions; 0 for kernels that skip what nobody sees.
-    position_flops: what a device computes for a position; with it, lengths are as many as `num_steps` steps pay for.
+    has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. position_flops: what
+    a device computes for a position; with it, lengths are as many as `num_steps` steps pay for.
     """
     if pairs.encodes:
         config = dataclasses.replace(config, packing=False)  # an encoder reads one prompt to a row
@@ -268,7 +266,7 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     for layout in sorted(layouts, key=lambda layout: least_of[layout]):
         if least_of[layout] > limit:
             break  # no layout from here on can be good
-        cost_of[layout] = layout.cost(steps, key_cost) + once_of[layout]
+        cost_of[layout] = layout.cost(steps) + once_of[layout]
         limit = min(limit, cost_of[layout] * (1 + SLACK))
     good = [layout for layout, cost in cost_of.items() if cost <= limit]
     # Few lengths make a program that compiles fast, short rows take little memory.

@@ -49,17 +49,6 @@ def position_flops(arch: Architecture) -> float:
     return 6.0 * matmul_weights(arch)
 
 
-def key_cost(arch: Architecture, attention: str) -> float:
-    """Returns what it costs a position to attend to one more key of its row, in what it costs beside attention.
-
-    attention: a back end of kernels.py. Only XLA's computes what nobody sees: with the others a key more costs 0.
-    """
-    if attention != "xla":
-        return 0.0
-    spec = arch.spec
-    return 2 * spec.num_layers * spec.num_heads * spec.head_dim / matmul_weights(arch)
-
-
 def attended(lengths: Any, window: int | None) -> Any:
     """Returns the (query, key) pairs of causal sequences: all keys up to the query's, or those in its window."""
     full = np.minimum(lengths, window if window is not None else np.max(lengths, initial=0)).astype(np.int64)

@@ -109,7 +109,6 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     pairs.tail = int(bool(coef))  # the routers' statistics have the last response token too
     layout = batching.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
-                                  flops.key_cost(arch, attention),
                                   flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,

@@ -50,7 +50,6 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     if system.attention not in ("auto", attention):
         raise ValueError(f"attention {system.attention!r} does not run here, and {attention!r} is not that system")
     layout = batching.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
-                                  key_cost=flops.key_cost(arch, attention),
                                   position_flops=flops.position_flops(arch), num_steps=RUN_STEPS)
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (batching.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
