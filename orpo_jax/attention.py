@@ -1,7 +1,7 @@
 """The mask rule of packed rows, and attention under it.
 
-Shapes: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, Q = G * T, H head size,
-I blocks of queries, W widths of keys.
+Shapes: B rows, T query tokens, S key tokens, N query heads, K key/value heads, G = N / K, H head size, I blocks of
+P queries, Q = G * P, W widths of keys.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,8 @@ Carry = TypeVar("Carry")
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-# Queries per block of `row_attention`. On two CPU cores blocks of 64 and 256 took longer: small products, and more keys
-# that nobody sees.
+# Most queries in a block of `row_attention`. On two CPU cores blocks of 64 and 256 took longer: small products, and
+# more keys that nobody sees.
 QUERY_BLOCK = 128
 # How many blocks of keys a block of queries may read, where they are fewer than the row's. Each is a loop to compile:
 # those of a row of 1,920 took 2.0 s, and 1.0 s in powers of two, but those made a row of one pair 20 % slower.
@@ -56,8 +56,9 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array, softcap
 def row_attention(positions_BT: Array, q_end_BT: Array, softcap: float | None = None, unroll: bool = False):
     """Returns the attention function of some packed rows, as the decoder calls it: (q, k, v, window, cache).
 
-    It reads few keys that nobody sees. unroll: whether blocks of queries are laid out one by one, each over all keys up
-    to its end: then what is computed does not depend on the rows, as GPUs like it, whose host runs the loops.
+    A block of queries reads the keys from the first that one of them sees to the block's end, and few others. unroll:
+    lay the blocks out one by one, each over all keys of its row up to its end. Then what is computed does not depend on
+    the rows, as GPUs like it, whose host runs the loops.
     """
     def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | int | None, cache: None):
         return _in_blocks(softcap, unroll, q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT, window), cache
@@ -96,7 +97,7 @@ def _forward(softcap: float | None, unroll: bool, q_BTNH: Array, k_BTKH: Array, 
             out_KQH = _dot("kqs,ksh->kqh", exp_KQS.astype(v_KTH.dtype), keys.of(v_KTH, axis=1)) / sum_KQ1
             return _put(done[0], out_KQH, i), _put(done[1], max_KQ1 + jnp.log(sum_KQ1), i)
 
-        out_IKQH, lse_IKQ1 = _over_blocks(unroll, q_end_T, block, (
+        out_IKQH, lse_IKQ1 = _over_blocks(unroll, positions_T, q_end_T, window, block, (
             jnp.zeros_like(q_IKQH), jnp.zeros((*q_IKQH.shape[:-1], 1), jnp.float32)))
         return _to_tokens(out_IKQH, q_TNH.shape), lse_IKQ1
 
@@ -132,7 +133,8 @@ def _backward(softcap: float | None, unroll: bool, residuals: tuple, dout_BTNH: 
 
         # Keys come last: the small operand of each product over queries is the one to transpose.
         zeros_KHT = jnp.zeros(jnp.swapaxes(k_KTH, 1, 2).shape, jnp.float32)
-        dq_IKQH, *dkv_KHT = _over_blocks(unroll, q_end_T, block, (jnp.zeros_like(q_IKQH), zeros_KHT, zeros_KHT))
+        zeros = jnp.zeros_like(q_IKQH), zeros_KHT, zeros_KHT
+        dq_IKQH, *dkv_KHT = _over_blocks(unroll, positions_T, q_end_T, window, block, zeros)
         dk_TKH, dv_TKH = (x.transpose(2, 0, 1).astype(dtype) for x in dkv_KHT)
         return _to_tokens(dq_IKQH, q_TNH.shape), dk_TKH, dv_TKH
 
@@ -155,22 +157,28 @@ class Keys(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(sums_KHT, self.of(sums_KHT, 2) + x_KHS, self.start, 2)
 
 
-def _over_blocks(unroll: bool, q_end_T: Array, block: Callable[[Any, Keys, Carry], Carry], carry: Carry) -> Carry:
+def _over_blocks(unroll: bool, positions_T: Array, q_end_T: Array, window: Array | int | None,
+                 block: Callable[[Any, Keys, Carry], Carry], carry: Carry) -> Carry:
     """Returns the carry after `block(i, keys, carry)` for each block i of a row's queries, in any order.
 
-    Keys run from the first that any query of the block sees, or a few before it: there is a loop for each of some
-    widths, over the blocks that need it. With unroll they run from the row's first.
+    Keys run from the first that any query of the block sees, in the next of some widths: there is a loop for each, over
+    the blocks that need it. What a width adds, past the block's end or, where the row ends, before that first key, no
+    query sees. With unroll they run from the row's first.
     """
     T = len(q_end_T)
-    starts_I = np.arange(0, T, QUERY_BLOCK, dtype=np.int32)
-    ends_I = np.minimum(starts_I + QUERY_BLOCK, T)
+    P = block_size(T)
+    starts_I = np.arange(0, T, P, dtype=np.int32)
+    ends_I = np.minimum(starts_I + P, T)
     if unroll:
         for i, end in enumerate(ends_I.tolist()):
             carry = block(i, Keys(0, end), carry)
         return carry
-    widths_W = np.array([*(QUERY_BLOCK * n for n in WIDTHS if QUERY_BLOCK * n < T), T], np.int32)
-    # A block sees the keys before its end that are hidden from no query before its start.
-    first_I = jnp.min(jnp.where(q_end_T > starts_I[:, None], jnp.arange(T, dtype=jnp.int32), T), axis=1)
+    widths_W = np.array([*(P * n for n in WIDTHS if P * n < T), T], np.int32)
+    seen_IT = q_end_T > starts_I[:, None]  # by a query from the block's start on
+    if window is not None:
+        q_positions_IP = jnp.pad(positions_T, (0, -T % P), mode="edge").reshape(-1, P)
+        seen_IT &= within_window(jnp.min(q_positions_IP, axis=1)[None], positions_T[None], window)[0]
+    first_I = jnp.min(jnp.where(seen_IT, jnp.arange(T, dtype=jnp.int32), T), axis=1)
     width_I = jnp.searchsorted(widths_W, ends_I - first_I)
     order_I = jnp.argsort(width_I)
     bounds_W = jnp.searchsorted(width_I[order_I], jnp.arange(len(widths_W) + 1))
@@ -186,35 +194,43 @@ def _over_blocks(unroll: bool, q_end_T: Array, block: Callable[[Any, Keys, Carry
 def _scores_of(softcap: float | None, positions_T: Array, q_end_T: Array, window: Array | int | None
                ) -> Callable[[Any, Keys, Array, Array], Array]:
     """Returns the function that gives masked float32 scores [K, Q, S] of a block's queries and some keys of a row."""
+    P = block_size(len(positions_T))
+
     def call(i: Any, keys: Keys, q_KQH: Array, k_KSH: Array) -> Array:
         scores_KQS = _dot("kqh,ksh->kqs", q_KQH, k_KSH) * q_KQH.shape[-1]**-0.5
         if softcap is not None:
             scores_KQS = softcap * jnp.tanh(scores_KQS / softcap)
-        queries_T, keys_S = i * QUERY_BLOCK + jnp.arange(QUERY_BLOCK), keys.start + jnp.arange(keys.width)
-        mask_1TS = visible(queries_T, keys_S, keys.of(q_end_T, axis=0)[None])
+        queries_P, keys_S = i * P + jnp.arange(P), keys.start + jnp.arange(keys.width)
+        mask_1PS = visible(queries_P, keys_S, keys.of(q_end_T, axis=0)[None])
         if window is not None:
-            q_positions_T = positions_T.at[queries_T].get(mode="clip")
-            mask_1TS &= within_window(q_positions_T[None], keys.of(positions_T, axis=0)[None], window)
-        scores_KGTS = scores_KQS.reshape(len(q_KQH), -1, *mask_1TS.shape[1:])
-        return jnp.where(mask_1TS, scores_KGTS, jnp.finfo(jnp.float32).min).reshape(scores_KQS.shape)
+            q_positions_P = positions_T.at[queries_P].get(mode="clip")
+            mask_1PS &= within_window(q_positions_P[None], keys.of(positions_T, axis=0)[None], window)
+        scores_KGPS = scores_KQS.reshape(len(q_KQH), -1, *mask_1PS.shape[1:])
+        return jnp.where(mask_1PS, scores_KGPS, jnp.finfo(jnp.float32).min).reshape(scores_KQS.shape)
 
     return call
+
+
+def block_size(T: int) -> int:
+    """Returns P for a row of T queries: in blocks of one size the last one is padded by less than a query a block."""
+    return -(-T // -(-T // QUERY_BLOCK))
 
 
 def _to_blocks(x_TNH: Array, num_key_heads: int) -> Array:
     """Returns [I, K, Q, H]: in each of I blocks, the queries of all heads that share a key head, as one matmul's rows;
     the last block is padded."""
     T, N, H = x_TNH.shape
-    x_TNH = jnp.pad(x_TNH, ((0, -T % QUERY_BLOCK), (0, 0), (0, 0)))
-    x_ITKGH = x_TNH.reshape(-1, QUERY_BLOCK, num_key_heads, N // num_key_heads, H)
-    return x_ITKGH.transpose(0, 2, 3, 1, 4).reshape(len(x_ITKGH), num_key_heads, -1, H)
+    P = block_size(T)
+    x_TNH = jnp.pad(x_TNH, ((0, -T % P), (0, 0), (0, 0)))
+    x_IPKGH = x_TNH.reshape(-1, P, num_key_heads, N // num_key_heads, H)
+    return x_IPKGH.transpose(0, 2, 3, 1, 4).reshape(len(x_IPKGH), num_key_heads, -1, H)
 
 
 def _to_tokens(x_IKQH: Array, shape: tuple[int, ...]) -> Array:
     """Returns x [T, N, H], the inverse of `_to_blocks`."""
     T, N, H = shape
-    x_IKGTH = x_IKQH.reshape(*x_IKQH.shape[:2], -1, QUERY_BLOCK, H)
-    return x_IKGTH.transpose(0, 3, 1, 2, 4).reshape(-1, N, H)[:T]
+    x_IKGPH = x_IKQH.reshape(*x_IKQH.shape[:2], -1, block_size(T), H)
+    return x_IKGPH.transpose(0, 3, 1, 2, 4).reshape(-1, N, H)[:T]
 
 
 def _at(x_I: Array, i: Any) -> Array:
@@ -226,7 +242,10 @@ def _put(x_I: Array, x: Array, i: Any) -> Array:
 
 
 def causal_attention(positions_BT: Array, softcap: float | None = None):
-    """Returns the attention function of ordinary sequences, one to a row from position 0."""
+    """Returns the attention function of ordinary sequences, one to a row from position 0.
+
+    No key before a block's end is hidden from it, so that blocks need not look for their first.
+    """
     return row_attention(positions_BT, jnp.full_like(positions_BT, positions_BT.shape[1]), softcap, unroll=True)
 
 

@@ -172,7 +172,11 @@ class Layout:
 
     def cost(self, steps: Iterable[np.ndarray]) -> float:
         """Returns what such steps cost each device, in positions: those it computes, and what a micro-batch costs
-        beside. What attention costs is left out: it goes by the pairs, not by the rows that hold them."""
+        beside.
+
+        What attention costs is left out. Where 'auto' has its way it goes by the pairs, not by the rows that hold them;
+        by rows go cudnn_mask, and XLA's on a GPU where cuDNN can't run.
+        """
         return sum(self._cost(self.num_micro(self.plan(step))) for step in steps)
 
     def least_cost(self, steps: Iterable[np.ndarray]) -> float:

@@ -43,7 +43,7 @@ class Program:
 
     def make_train_step(self, remat: str) -> Any:
         """Returns the jitted step (step.py)."""
-        model = dataclasses.replace(self.model, remat=remat, unroll=unrolls(self.platform))
+        model = dataclasses.replace(self.model, remat=remat)
         return step_lib.make_train_step(model, self.optimizer, self.schedule, self.shardings)
 
     def remats(self) -> Sequence[str]:
@@ -112,7 +112,7 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
                                   flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
-                                attention, coef))
+                                attention, coef, unrolls(platform)))
 
 
 def router_coef(config: Config, arch: Architecture) -> float:

@@ -109,7 +109,7 @@ class Model:
     attention: str = "xla"  # a back end of kernels.py
     router_aux_loss_coef: float = 0.0
     remat: str = "none"
-    unroll: bool = False
+    unroll: bool = False  # see model.unrolls
 
     @property
     def balances(self) -> bool:
@@ -176,9 +176,9 @@ def branches_of(rows: Rows) -> Array:
 
 
 def make_model(arch: Architecture, layout: Layout, dtype: jnp.dtype, beta: float, attention: str = "xla",
-               router_aux_loss_coef: float = 0.0) -> Model:
+               router_aux_loss_coef: float = 0.0, unroll: bool = False) -> Model:
     return Model(make_graph(arch), dtype, layout, head.Settings(beta, softcap=arch.spec.logit_softcap), attention,
-                 router_aux_loss_coef)
+                 router_aux_loss_coef, unroll=unroll)
 
 
 def _over_micro_batches(batch: StepBatch, one: Callable[[Rows], Any]) -> Any:

@@ -12,24 +12,30 @@ from test_kernels import LAYOUTS, compile_fast, make_rows, real_tokens
 
 from orpo_jax import attention
 
-BLOCK, ROW_LENGTH = 8, 61  # many blocks, several widths, and a last block that is no whole one
+MOST, BLOCK, ROW_LENGTH = 10, 9, 61  # seven blocks, of 9 to be even, several widths, and a last one that is not whole
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_blocks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "QUERY_BLOCK", BLOCK)
+        patch.setattr(attention, "QUERY_BLOCK", MOST)
         yield
 
 
-def cut(layout):
-    """Returns the pairs of a layout that a row has room for."""
-    ends = np.cumsum([sum(pair) for pair in layout])
-    return [pair for pair, end in zip(layout, ends, strict=True) if end <= ROW_LENGTH]
+def shortened(layout):
+    """Returns the layout with its last pair cut, or left out, where a row has no room for it."""
+    left, pairs = ROW_LENGTH, []
+    for trunk, chosen, rejected in layout:
+        pair = trunk, min(chosen, max(left - trunk, 0)), min(rejected, max(left - trunk - chosen, 0))
+        if trunk > left or not any(pair):
+            break
+        pairs.append(pair)
+        left -= sum(pair)
+    return pairs
 
 
 def rows_of(*layouts):
-    return make_rows([cut(layout) for layout in layouts], ROW_LENGTH, slots=ROW_LENGTH)
+    return make_rows(list(map(shortened, layouts)), ROW_LENGTH, slots=ROW_LENGTH)
 
 
 def random_of(rows, heads=(4, 2), head_dim=8):
@@ -38,9 +44,10 @@ def random_of(rows, heads=(4, 2), head_dim=8):
 
 
 @functools.cache
-def pull(kind, window=None, softcap=None):
-    """Returns the compiled function of q, k, v, the gradient of their output and the rows: output and gradients."""
-    def attend(qkv, positions, q_end):
+def pull(kind, softcap=None):
+    """Returns the compiled function of q, k, v, the gradient of their output, the rows and a window, which is traced as
+    in a decoder whose layers differ: output and gradients."""
+    def attend(qkv, positions, q_end, window):
         if kind == "dense":
             tokens = jnp.arange(ROW_LENGTH)
             mask = attention.visible(tokens, tokens, q_end)
@@ -49,26 +56,28 @@ def pull(kind, window=None, softcap=None):
             return attention.attend(*qkv, mask, softcap)
         return attention.row_attention(positions, q_end, softcap, unroll=kind == "unrolled")(*qkv, window, None)[0]
 
-    def call(qkv, cotangent, positions, q_end):
-        out, back = jax.vjp(lambda qkv: attend(qkv, positions, q_end), qkv)
+    def call(qkv, cotangent, positions, q_end, window):
+        out, back = jax.vjp(lambda qkv: attend(qkv, positions, q_end, window), qkv)
         return out, *back(cotangent)[0]
 
     return compile_fast(call)
 
 
-def run(kind, rows, **options):
+def run(kind, rows, window=None, softcap=None, dtype=jnp.float32):
     qkv, cotangent = random_of(rows)
     real = real_tokens(rows)
-    out, *gradients = pull(kind, **options)(qkv, jnp.where(real, cotangent, 0), rows.positions, rows.q_end)
-    return [np.asarray(x) for x in (jnp.where(real, out, 0), *gradients)]
+    args = jax.tree.map(lambda x: x.astype(dtype), (qkv, jnp.where(real, cotangent, 0)))
+    out, *gradients = pull(kind, softcap)(*args, rows.positions, rows.q_end, window)
+    assert {x.dtype for x in (out, *gradients)} == {jnp.dtype(dtype)}
+    return [np.asarray(x, np.float32) for x in (jnp.where(real, out, 0), *gradients)]
 
 
-def assert_equal(got, expected):
+def assert_equal(got, expected, tolerance=1e-5):
     for name, a, b in zip(("out", "q", "k", "v"), got, expected, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 5}, {"softcap": 2.0}, {"window": 5, "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("kind", ["loops", "unrolled"])
 def test_blocks_give_what_dense_attention_gives(kind, options):
     for rows in map(rows_of, LAYOUTS):
@@ -76,7 +85,14 @@ def test_blocks_give_what_dense_attention_gives(kind, options):
 
 
 @pytest.mark.parametrize("kind", ["loops", "unrolled"])
-def test_rows_of_one_micro_batch_differ(kind):
+def test_bfloat16_gives_what_float32_gives_within_its_rounding(kind):
+    rows = rows_of(*LAYOUTS)
+    for a, b in zip(run(kind, rows, dtype=jnp.bfloat16), run("dense", rows), strict=True):
+        assert np.linalg.norm(a - b) < 0.01 * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("kind", ["loops", "unrolled"])
+def test_each_row_of_a_micro_batch_gets_its_own_keys(kind):
     rows = rows_of(*LAYOUTS)
     assert_equal(run(kind, rows), run("dense", rows))
 
@@ -85,21 +101,31 @@ lengths = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20), st.integers
 
 
 @settings(max_examples=60, deadline=None)
-@given(lengths)
-def test_any_row_gives_what_dense_attention_gives(layout):
+@given(lengths, st.none() | st.integers(1, 30))
+def test_any_row_gives_what_dense_attention_gives(layout, window):
     rows = rows_of(layout)
-    assert_equal(run("loops", rows), run("dense", rows))
+    assert_equal(run("loops", rows, window), run("dense", rows, window))
 
 
-def test_keys_that_nobody_of_a_block_sees_are_not_read():
-    """The second pair starts with a block of its own: nothing in the first can spoil even a product with 0."""
-    rows = rows_of([(8, 4, 4), (10, 9, 13)])
+@pytest.mark.parametrize("T", [1, MOST - 1, MOST, MOST + 1, 3 * MOST, ROW_LENGTH])
+def test_blocks_are_of_one_size_that_pads_little(T):
+    size, count = attention.block_size(T), -(-T // MOST)
+    assert size <= MOST and 0 <= size * count - T < count
+    assert attention.block_size(ROW_LENGTH) == BLOCK
+
+
+@pytest.mark.parametrize("layout, window, spoil, second", [
+    ([(9, 5, 4), (10, 9, 13)], None, 18, slice(18, 50)),  # the second pair starts with a block of its own
+    ([(61, 0, 0)], BLOCK + 1, 27, slice(36, 61)),  # a block sees the block before it, and itself
+], ids=["pairs", "window"])
+def test_keys_that_nobody_of_a_block_sees_are_not_read(layout, window, spoil, second):
+    """Nothing in them can spoil even a product with 0."""
+    rows = rows_of(layout)
     (q, k, v), cotangent = random_of(rows)
-    spoilt = tuple(x.at[:, :16].set(jnp.nan) for x in (k, v))
-    second = slice(16, 48)
+    spoilt = tuple(x.at[:, :spoil].set(jnp.nan) for x in (k, v))
     cotangent = jnp.zeros_like(cotangent).at[:, second].set(1)
     clean, loops, unrolled = (
-        [np.asarray(x)[:, second] for x in pull(kind)((q, *kv), cotangent, rows.positions, rows.q_end)]
+        [np.asarray(x)[:, second] for x in pull(kind)((q, *kv), cotangent, rows.positions, rows.q_end, window)]
         for kind, kv in (("loops", (k, v)), ("loops", spoilt), ("unrolled", spoilt)))
     for a, b in zip(clean, loops, strict=True):
         assert np.array_equal(a, b)

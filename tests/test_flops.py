@@ -64,7 +64,7 @@ def shared_flops(arch, pairs):
                               rows.segments, rows.pair_weights)
         return loss.step_loss(sums, beta=0.1, nll_weight=1.0, pairs=1.0)
 
-    attend = attention.row_attention(jnp.asarray(rows.positions), jnp.asarray(rows.q_end))
+    attend = attention.row_attention(jnp.asarray(rows.positions), jnp.asarray(rows.q_end), unroll=True)
     return compiled_flops(arch, loss_of, rows.ids, rows.positions, attend)
 
 

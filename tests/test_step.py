@@ -1,7 +1,6 @@
 """The step's numbers do not depend on the mesh, the micro-batches, the rows or the sharing of prompts."""
 
 import ctypes
-import dataclasses
 import os
 import pathlib
 import sys
@@ -77,10 +76,11 @@ def test_what_was_measured_on_a_gpu_is_what_runs_there(trial):
     layout = batching.make_layout(pairs, config_lib.DataConfig(train="rows"), 64, "auto", 1, "gpu", attention="cudnn")
     assert layout.rows_per_device * layout.row_lengths[-1] == 3 * 2304
     for unroll in (False, True):
-        model = dataclasses.replace(step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1), unroll=unroll)
-        jaxpr = jax.make_jaxpr(lambda params, rows, model=model: model.hidden(params, rows)[0])(
-            weights.abstract_params(trial.arch), packing.empty_rows(1, 2304, 2))
-        assert (f"unroll={trial.arch.spec.num_layers}" in str(jaxpr)) == unroll
+        model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1, unroll=unroll)
+        jaxpr = str(jax.make_jaxpr(lambda params, rows, model=model: model.hidden(params, rows)[0])(
+            weights.abstract_params(trial.arch), packing.empty_rows(1, 2304, 2)))
+        assert (f"unroll={trial.arch.spec.num_layers}" in jaxpr) == unroll
+        assert ("while" in jaxpr) == (not unroll)  # XLA's attention
 
 
 def test_a_window_is_exact_in_shared_rows(tmp_path):

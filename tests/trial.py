@@ -53,8 +53,8 @@ class Trial:
             shardings = step_lib.state_shardings(abstract, optimizer, mesh)
             params = weights.load_params(self.folder, self.arch, mesh=mesh)
             state = step_lib.initial_state(params, optimizer, shardings)
-            model = dataclasses.replace(step_lib.make_model(self.arch, layout, dtype, self.orpo.beta,
-                                                            router_aux_loss_coef=self.coef), remat=remat, unroll=unroll)
+            model = dataclasses.replace(step_lib.make_model(
+                self.arch, layout, dtype, self.orpo.beta, router_aux_loss_coef=self.coef, unroll=unroll), remat=remat)
             if chunks:
                 model = dataclasses.replace(model, head_settings=model.head_settings._replace(chunks=chunks))
             train_step = step_lib.make_train_step(

@@ -14,6 +14,7 @@ import numpy as np
 
 from orpo_jax import attention, batching, data, head, packing, standin
 from orpo_jax import config as config_lib
+from orpo_jax.model import unrolls
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
@@ -65,9 +66,12 @@ def report_one(name: str, attend: Attend, expected: list[np.ndarray], qkv: tuple
 
 def xla(rows: packing.Rows, q_end: np.ndarray) -> Attend:
     """Returns XLA's attention, of float32 in float32."""
+    unroll = unrolls(jax.devices()[0].platform)  # as it trains here
+
     def attend(q: Array, k: Array, v: Array) -> Array:
         with head.precision(q.dtype):
-            return attention.row_attention(jnp.asarray(rows.positions), jnp.asarray(q_end))(q, k, v, None, None)[0]
+            return attention.row_attention(jnp.asarray(rows.positions), jnp.asarray(q_end), unroll=unroll)(
+                q, k, v, None, None)[0]
 
     return attend
 

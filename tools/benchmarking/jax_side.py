@@ -56,9 +56,9 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
 
     optimizer, schedule = make_optimizer(settings, arch)
     shardings = step_lib.state_shardings(weights.abstract_params(arch, jnp.float32, mesh), optimizer, mesh)
-    model = dataclasses.replace(
-        step_lib.make_model(arch, layout, jnp.dtype(settings.dtype), settings.beta, attention),
-        remat="full" if system.recompute else remat_ladder(platform)[0], unroll=unrolls(platform))
+    model = dataclasses.replace(step_lib.make_model(
+        arch, layout, jnp.dtype(settings.dtype), settings.beta, attention, unroll=unrolls(platform)),
+        remat="full" if system.recompute else remat_ladder(platform)[0])
     state = step_lib.initial_state(params, optimizer, shardings)
 
     @functools.cache  # what the first step waits for
