@@ -18,9 +18,10 @@ Carry = TypeVar("Carry")
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
-# Most queries in a block of `row_attention`. On two CPU cores blocks of 64 and 256 took longer: small products, and
-# more keys that nobody sees.
+# The most queries that a block of `row_attention` has. On two CPU cores blocks of 64 and 256 took longer: small
+# products, and more keys that nobody sees.
 QUERY_BLOCK = 128
+BLOCK_UNIT = 8  # sizes of blocks are multiples of this: matrix units and vectors have such sizes
 # How many blocks of keys a block of queries may read, where they are fewer than the row's. Each is a loop to compile:
 # those of a row of 1,920 took 2.0 s, and 1.0 s in powers of two, but those made a row of one pair 20 % slower.
 WIDTHS = sorted(multiple << i for multiple in (1, 3) for i in range(16))
@@ -56,9 +57,9 @@ def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array, softcap
 def row_attention(positions_BT: Array, q_end_BT: Array, softcap: float | None = None, unroll: bool = False):
     """Returns the attention function of some packed rows, as the decoder calls it: (q, k, v, window, cache).
 
-    A block of queries reads the keys from the first that one of them sees to the block's end, and few others. unroll:
-    lay the blocks out one by one, each over all keys of its row up to its end. Then what is computed does not depend on
-    the rows, as GPUs like it, whose host runs the loops.
+    A block of queries reads the keys from the first that one of them sees to the block's end, and some more. unroll:
+    lay the blocks out one by one, each over the row's keys from the first to the block's end. Then what is computed
+    does not depend on the rows, as GPUs like it, whose host runs the loops.
     """
     def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: Array | int | None, cache: None):
         return _in_blocks(softcap, unroll, q_BTNH, k_BTKH, v_BTKH, positions_BT, q_end_BT, window), cache
@@ -161,9 +162,10 @@ def _over_blocks(unroll: bool, positions_T: Array, q_end_T: Array, window: Array
                  block: Callable[[Any, Keys, Carry], Carry], carry: Carry) -> Carry:
     """Returns the carry after `block(i, keys, carry)` for each block i of a row's queries, in any order.
 
-    Keys run from the first that any query of the block sees, in the next of some widths: there is a loop for each, over
-    the blocks that need it. What a width adds, past the block's end or, where the row ends, before that first key, no
-    query sees. With unroll they run from the row's first.
+    Keys run from the first that a query of the block sees, under a window from that or one before it, over the least of
+    some widths that reaches the block's end: there is a loop for each width, over the blocks that need it. No query of
+    the block sees the keys that a width adds: they are past its end or, where the row ends, before its first. With
+    unroll keys run from the row's first to the block's end.
     """
     T = len(q_end_T)
     P = block_size(T)
@@ -174,7 +176,7 @@ def _over_blocks(unroll: bool, positions_T: Array, q_end_T: Array, window: Array
             carry = block(i, Keys(0, end), carry)
         return carry
     widths_W = np.array([*(P * n for n in WIDTHS if P * n < T), T], np.int32)
-    seen_IT = q_end_T > starts_I[:, None]  # by a query from the block's start on
+    seen_IT = q_end_T > starts_I[:, None]  # by a query at the block's start or after it
     if window is not None:
         q_positions_IP = jnp.pad(positions_T, (0, -T % P), mode="edge").reshape(-1, P)
         seen_IT &= within_window(jnp.min(q_positions_IP, axis=1)[None], positions_T[None], window)[0]
@@ -212,8 +214,9 @@ def _scores_of(softcap: float | None, positions_T: Array, q_end_T: Array, window
 
 
 def block_size(T: int) -> int:
-    """Returns P for a row of T queries: in blocks of one size the last one is padded by less than a query a block."""
-    return -(-T // -(-T // QUERY_BLOCK))
+    """Returns P for a row of T queries: blocks are as few as can be, and of one size."""
+    num_blocks = -(-T // QUERY_BLOCK)
+    return -(-T // (num_blocks * BLOCK_UNIT)) * BLOCK_UNIT
 
 
 def _to_blocks(x_TNH: Array, num_key_heads: int) -> Array:
@@ -244,7 +247,7 @@ def _put(x_I: Array, x: Array, i: Any) -> Array:
 def causal_attention(positions_BT: Array, softcap: float | None = None):
     """Returns the attention function of ordinary sequences, one to a row from position 0.
 
-    No key before a block's end is hidden from it, so that blocks need not look for their first.
+    Without a window no key before a block's end is hidden from it; with one, blocks read them all the same.
     """
     return row_attention(positions_BT, jnp.full_like(positions_BT, positions_BT.shape[1]), softcap, unroll=True)
 

@@ -174,8 +174,8 @@ class Layout:
         """Returns what such steps cost each device, in positions: those it computes, and what a micro-batch costs
         beside.
 
-        What attention costs is left out. Where 'auto' has its way it goes by the pairs, not by the rows that hold them;
-        by rows go cudnn_mask, and XLA's on a GPU where cuDNN can't run.
+        What attention costs is left out: in the back ends that are preferred it goes by the pairs, not by the rows that
+        hold them. By rows go splash, cudnn_mask, and XLA's on GPUs.
         """
         return sum(self._cost(self.num_micro(self.plan(step))) for step in steps)
 

@@ -112,7 +112,7 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
                                   flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps)
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
-                                attention, coef, unrolls(platform)))
+                                attention, coef, unroll=unrolls(platform)))
 
 
 def router_coef(config: Config, arch: Architecture) -> float:

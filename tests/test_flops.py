@@ -1,6 +1,7 @@
 """Work, counted by the compiler: free of noise, so that a test can hold what the layout saves.
 
-The compiler counts a loop's body once, so layers are laid out one by one here, and the head is dense.
+The compiler counts a loop's body once, so layers and blocks of attention are laid out one by one here, and the head is
+dense.
 """
 
 import dataclasses

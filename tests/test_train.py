@@ -18,7 +18,7 @@ import tiny
 from safetensors.numpy import load_file
 
 import orpo_jax
-from orpo_jax import batching, convert, data, evaluate, hosts, train
+from orpo_jax import batching, convert, data, evaluate, hosts, program, train
 from orpo_jax import config as config_lib
 from orpo_jax import metrics as metrics_lib
 from orpo_jax import step as step_lib
@@ -99,6 +99,13 @@ def test_a_longer_run_is_laid_out_in_more_row_lengths(tmp_path, model_folder, ro
     few, (many, held_out_once) = lengths(1, 1), lengths(10_000_000, 10_000_000)
     assert few == (1, 1) and many > 1 and held_out_once == 1
     assert lengths(10_000_000, 2)[1] > 1
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_layers_are_laid_out_as_the_platform_likes(tmp_path, model_folder, rows, one_device, monkeypatch, unroll):
+    monkeypatch.setattr(program, "unrolls", lambda platform: unroll)
+    job = train.prepare(config_lib.build(settings(tmp_path, model_folder, **rows)), None, None, None, None)
+    assert job.model.unroll == unroll
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])

@@ -23,7 +23,7 @@ Columns
   it is XLA's count for the CPU, of every operation (flop_count.py); in PyTorch that of its FlopCounterMode, of matrix
   products and attention alone, counted as if nothing were masked (torch_side.width_flops).
 - MFU: the FLOPs that the pairs need, nothing computed twice (flops.step_flops), over the chip's peak; a CPU's peak is
-  a float32 matrix product measured before the runs.
+  that of the fastest float32 matrix product measured before each run.
 - peak GiB: of the process on CPU (with the model's files read and the libraries), of the device's allocator on GPUs.
 - compile s: what the first step took beyond a second one over the same pairs, the least of all rounds. Without a
   compiler it is what else happens once: memory is asked for, and kernels are chosen. orpo_jax compiles as many row
@@ -169,14 +169,14 @@ def branches(pairs: Sequence[pairs_lib.Pair]) -> np.ndarray:
                                   np.array([pair.shared for pair in pairs]), share_prompt=True)
 
 
-def make_work(settings: Settings, arch: Architecture) -> report.Work:
-    """Returns what the pairs of the timed steps hold, and the machine's peak."""
+def make_work(settings: Settings, arch: Architecture, peak: float | None) -> report.Work:
+    """Returns what the pairs of the timed steps hold, beside the machine's peak."""
     taken = pairs_lib.load(pathlib.Path(settings.pairs_file))[:settings.pairs_taken]
     timed = taken[settings.warmup * settings.pairs:]
     steps = [timed[i:i + settings.pairs] for i in range(0, len(timed), settings.pairs)]
     work = flops.step_flops(arch, branches(timed))
     return report.Work(settings.pairs, [sum(len(ids) for pair in step for ids in pair[:2]) for step in steps],
-                       work / len(timed), peak_flops(settings))
+                       work / len(timed), peak)
 
 
 def peak_flops(settings: Settings) -> float | None:
@@ -224,14 +224,16 @@ def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path
     settings = prepare(args, folder, args.model)
     pairs = pairs_lib.load(pathlib.Path(settings.pairs_file))
     arch = architecture(read_config(pathlib.Path(settings.model)), max(pair.longest for pair in pairs))
-    work = make_work(settings, arch)
     rounds: dict[str, list[Result]] = {name: [] for name in names}
+    peaks = []  # of a machine that others share it changes
     for turn in range(args.rounds):
         for name in names:
             if not any("error" in result for result in rounds[name]):
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
+                peaks.append(peak_flops(settings))
                 counting = dataclasses.replace(settings, count_flops=turn == 0)
                 rounds[name].append(run_apart(name, counting, folder))
+    work = make_work(settings, arch, max(peaks, key=lambda peak: peak or 0.0))
     rows = {name: dict(error=results[-1]["error"]) if "error" in results[-1] else report.figures(results, work)
             for name, results in rounds.items()}
     reference = report.mark_void(rows, settings.dtype)

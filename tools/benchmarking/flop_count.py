@@ -4,7 +4,7 @@ XLA's cost analysis counts the body of a loop once, and layers, micro-batches an
 is asked about the gradient of one row, with its layers laid out one by one, of a model with one layer and with two:
 every further layer is the difference. Programs are compiled for the CPU on any machine, with XLA's attention, since
 the work inside a kernel is not counted. It is laid out without loops too, over all keys up to a block's end: where rows
-hold several pairs a CPU computes less than is counted.
+hold several pairs, or layers have a window, a CPU computes less than is counted.
 """
 
 import dataclasses
