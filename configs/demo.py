@@ -2,7 +2,7 @@
 
     python -m orpo_jax.train --config configs/demo.py
 
-Two CPU cores, two to three minutes. The model is random at first, and its tokenizer is made from the rows of
+Two CPU cores, about two minutes. The model is random at first, and its tokenizer is made from the rows of
 configs/demo_data: 480 pairs to train on and 120 held out, about other subjects, in which the chosen answer is courteous
 and the rejected one curt. Held-out rewards/accuracies goes from about 0.5 to above 0.9; runs/demo/hf is the model.
 """
