@@ -158,9 +158,7 @@ class Layout:
 
     def _cost(self, num_micro: Sequence[int]) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
-        beside = self.encoder_length or 0
-        return sum(n * (self.rows_per_device * (length + beside) + self.micro_cost)
-                   for n, length in zip(num_micro, self.row_lengths, strict=True))
+        return self.slots(num_micro) / self.num_shards + sum(num_micro) * self.micro_cost
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
         """Returns the micro-batches of each length; each gives every shard the same number of rows."""
