@@ -197,12 +197,14 @@ FULL_ROW_LENGTH = 2048
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
                 platform: str, rows_per_step: int | None = None, attention: str = "xla",
-                nll_scope: str = "sequence", position_flops: float = 0.0, num_steps: float = 1.0) -> Layout:
+                nll_scope: str = "sequence", position_flops: float = 0.0, num_steps: float = 1.0,
+                most_scored: int | None = None) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard
     has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. position_flops: what
-    a device computes for a position; with it, lengths are as many as `num_steps` steps pay for.
+    a device computes for a position; with it, lengths are as many as `num_steps` steps pay for. most_scored: from how
+    many positions of a row a device makes logits once (head.most_at_once); only what no shorter row holds has more.
     """
     if pairs.encodes:
         config = dataclasses.replace(config, packing=False)  # an encoder reads one prompt to a row
@@ -244,10 +246,12 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 max_pairs = min(max_pairs, batch_size)
             # Kernels compute on as much as rows may hold. A little above what they do hold costs next to no fill.
             enough = lambda size, top=top: round_up(max(1.05 * top * size.mean() / lengths.mean(), size.max()))
-            if attention == "cudnn":
+            if attention in ("cudnn_packed", "cudnn"):
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
-            expanded_length = enough(expanded) if attention == "splash" else 2 * top
+            expanded_length = enough(expanded) if attention in ("cudnn_packed", "splash") else 2 * top
             scored_length = enough(scored) if nll_scope == "completion" else None
+            if most_scored is not None and (scored_length or top) > most_scored and top > min(tops):
+                continue
             most = costs.micro_tokens // (top + (encoder_length or 0))
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):

@@ -44,7 +44,7 @@ class ModelConfig:
     # The type of the master weights and, but for optim.mu_dtype and 8-bit codes, of the optimiser's state.
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     # The attention of training and evaluation (kernels.py); 'auto' goes by the platform.
-    attention: Literal["auto", "xla", "cudnn", "cudnn_mask", "splash", "tokamax"] = free("auto")
+    attention: Literal["auto", "xla", "cudnn_packed", "cudnn", "cudnn_mask", "splash", "tokamax"] = free("auto")
     # What the backward pass computes again, from nothing to everything but the layers' inputs; 'auto': the least with
     # which the step fits the device.
     remat: Literal["auto", "none", "minimal", "attention", "full"] = free("auto")

@@ -45,8 +45,12 @@ def logits(hidden: Array, weight_VD: Array, bias_V: Array | None = None, softcap
 
 def num_chunks(T: int, V: int) -> int:
     """Returns the least divisor of T that cuts a row into chunks whose logits stay under the budget."""
-    need = T * V * 4 / LOGITS_BUDGET
-    return next(n for n in range(1, T + 1) if T % n == 0 and (n >= need or n == T))
+    return next(n for n in range(1, T + 1) if T % n == 0 and (n * most_at_once(V) >= T or n == T))
+
+
+def most_at_once(V: int) -> int:
+    """Returns the most tokens whose logits fit the budget: a row of more computes its logits twice."""
+    return LOGITS_BUDGET // (4 * V)
 
 
 class Settings(NamedTuple):

@@ -28,9 +28,9 @@ Attend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 log = logging.getLogger("orpo_jax")
 
 # What 'auto' means on a platform, and what a back end that can't run gives way to.
-PREFERRED = {"cpu": "xla", "gpu": "cudnn", "tpu": "tokamax"}
-FALLBACK = {"cudnn": "xla", "cudnn_mask": "xla", "tokamax": "splash", "splash": "xla"}
-PLATFORM = {"cudnn": "gpu", "cudnn_mask": "gpu", "tokamax": "tpu", "splash": "tpu"}
+PREFERRED = {"cpu": "xla", "gpu": "cudnn_packed", "tpu": "tokamax"}
+FALLBACK = {"cudnn_packed": "cudnn", "cudnn": "xla", "cudnn_mask": "xla", "tokamax": "splash", "splash": "xla"}
+PLATFORM = {"cudnn_packed": "gpu", "cudnn": "gpu", "cudnn_mask": "gpu", "tokamax": "tpu", "splash": "tpu"}
 
 # What the backward pass of a kernel needs of the forward pass, the output and the log-sum-exp, goes by this name in
 # splash and tokamax; cuDNN has no name for it, and is known by its primitive.
@@ -80,12 +80,17 @@ def refusal(backend: str, platform: str, shape: Shape) -> str | None:
     """Returns why a back end can't run, or None if it can."""
     if platform != PLATFORM[backend]:
         return f"needs a {PLATFORM[backend].upper()}, and this is a {platform.upper()}"
-    if backend in ("cudnn", "splash") and len(set(shape.windows)) > 1:
+    if backend in ("cudnn_packed", "cudnn", "splash") and len(set(shape.windows)) > 1:
         return "takes one window for all layers, and this model's differ"
     if backend == "cudnn_mask" and shape.row_length % 2:
         return f"needs rows of an even length, and these have {shape.row_length}"
     if backend in ("cudnn", "cudnn_mask"):
-        return _cudnn_refusal(shape)
+        return _cudnn_refusal(shape, partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn"))
+    if backend == "cudnn_packed":
+        if jax.__version_info__ < (0, 11):
+            return f"is wrong in JAX before 0.11 where query heads share keys, and this is {jax.__version__}"
+        table = jnp.zeros((1, 2), jnp.int32)
+        return _cudnn_refusal(shape, lambda q, k, v: _cudnn_line(q, k, v, table, jnp.zeros((1, 3), jnp.int32), None))
     if backend == "tokamax":
         try:
             _tokamax()
@@ -94,13 +99,13 @@ def refusal(backend: str, platform: str, shape: Shape) -> str | None:
     return None
 
 
-def _cudnn_refusal(shape: Shape) -> str | None:
+def _cudnn_refusal(shape: Shape, attend: Callable[[Array, Array, Array], Array]) -> str | None:
     if shape.softcap is not None:
         return "has no soft cap of scores"
     if shape.dtype not in (jnp.bfloat16, jnp.float16):
         return f"takes bfloat16 and float16, not {shape.dtype}"
     x = jax.ShapeDtypeStruct((1, 64, 1, shape.head_dim), shape.dtype)
-    loss = lambda x: jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn").sum()
+    loss = lambda x: attend(x, x, x).sum()
     try:
         # JAX's own checks of the library, the device and the head size, forward and backward; nothing runs.
         jax.eval_shape(jax.grad(loss), x)
@@ -122,6 +127,8 @@ def row_attention_of(backend: str, rows: Rows, *, branch_length: int | None = No
     match backend:
         case "xla":
             return _xla(rows, softcap, unroll)
+        case "cudnn_packed":
+            return _cudnn_packed(rows, expanded_length or 2 * T, _interpreted_line if interpret else _cudnn_line)
         case "cudnn":
             return _cudnn(rows, branch_length or T, "xla" if interpret else "cudnn")
         case "cudnn_mask":
@@ -236,6 +243,60 @@ def _xla(rows: Rows, softcap: float | None, unroll: bool) -> Attend:
     return call
 
 
+def _in_line(rows: Rows, num_places: int) -> tuple[Array, Expansion]:
+    """Returns the places [B, R] where branches start, end to end in their row's E places, and the expansion to them."""
+    lengths_BR = branch_lengths(rows.bounds)
+    starts_BR = jnp.cumsum(lengths_BR, axis=1, dtype=jnp.int32) - lengths_BR
+    return starts_BR, make_expansion(rows.bounds, starts_BR, rows.ids.shape[1], num_places)
+
+
+def _cudnn_line(q_BENH: Array, k_BEKH: Array, v_BEKH: Array, lengths_BR: Array, starts_BQ: Array, window: int | None
+                ) -> Array:
+    """Returns cuDNN's causal attention of sequences that lie in line; what is in none of them is anything.
+
+    Q = R + 1. Lengths and starts are -1 where there is no sequence, and the last start always is.
+    """
+    # Not public: jax.nn.dot_product_attention takes each sequence in a batch row of its own.
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    out: Any = cudnn.dot_product_attention(
+        q_BENH, k_BEKH, v_BEKH, q_seqlen=lengths_BR, kv_seqlen=lengths_BR, q_offsets=starts_BQ, kv_offsets=starts_BQ,
+        scale=q_BENH.shape[-1]**-0.5, mask_type=cudnn.MaskType.PADDING_CAUSAL, sliding_window_length=window)
+    return out
+
+
+def _interpreted_line(q_BENH: Array, k_BEKH: Array, v_BEKH: Array, lengths_BR: Array, starts_BQ: Array,
+                      window: int | None) -> Array:
+    """Returns what `_cudnn_line` does, by XLA."""
+    places_E = jnp.arange(q_BENH.shape[1])
+    starts_BR = starts_BQ[:, :-1]
+    inside_BER = (starts_BR[:, None] <= places_E[:, None]) & (places_E[:, None] < (starts_BR + lengths_BR)[:, None])
+    inside_BER &= lengths_BR[:, None] > 0
+    mask_BEE = jnp.einsum("ber,bfr->bef", inside_BER, inside_BER)
+    return jax.nn.dot_product_attention(
+        q_BENH, k_BEKH, v_BEKH, mask=mask_BEE[:, None], is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0), implementation="xla")
+
+
+def _cudnn_packed(rows: Rows, expanded_length: int, attend: Callable[..., Array]) -> Attend:
+    """Returns attention by cuDNN's causal kernel, a row's branches end to end, each a sequence of its own."""
+    starts_BR, expansion = _in_line(rows, expanded_length)
+    lengths_BR = branch_lengths(rows.bounds)
+    some = lambda x_BR: jnp.where(lengths_BR > 0, x_BR, -1)
+    starts_BQ = jnp.pad(some(starts_BR), ((0, 0), (0, 1)), constant_values=-1)
+
+    def kernel(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, expansion: Expansion, lengths_BR: Array, starts_BQ: Array,
+               *, window: int | None) -> Array:
+        in_line = (expand(x_BT, expansion) for x_BT in (q_BTNH, k_BTKH, v_BTKH))
+        return collapse(attend(*in_line, lengths_BR, starts_BQ, window), expansion)
+
+    def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: int | None, cache: Any) -> tuple[Array, Any]:
+        return _on_devices(partial(kernel, window=window), q_BTNH, k_BTKH, v_BTKH, expansion, some(lengths_BR),
+                           starts_BQ), cache
+
+    return call
+
+
 def _cudnn(rows: Rows, branch_length: int, implementation: str) -> Attend:
     """Returns attention by cuDNN's causal kernel, each branch a sequence of its own."""
     B, T = rows.ids.shape
@@ -283,9 +344,7 @@ def _splash(rows: Rows, expanded_length: int, softcap: float | None, interpret: 
     """Returns attention by JAX's splash kernel, a row's branches end to end, apart by segment ids."""
     T = rows.ids.shape[1]
     E = _whole_blocks(expanded_length)
-    lengths_BR = branch_lengths(rows.bounds)
-    starts_BR = jnp.cumsum(lengths_BR, axis=1, dtype=jnp.int32) - lengths_BR
-    expansion = make_expansion(rows.bounds, starts_BR, T, E)
+    starts_BR, expansion = _in_line(rows, E)
     # Empty places see each other, so that no query sees nothing.
     segments_BE = jnp.where(expansion.tokens_BE < T, 1 + _branch_at_places(starts_BR, E), 0)
     blocks = splash_attention_kernel.BlockSizes(**dict.fromkeys(

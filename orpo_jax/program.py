@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orpo_jax import batching, data, flops, optim, weights
+from orpo_jax import batching, data, flops, head, optim, weights
 from orpo_jax import step as step_lib
 from orpo_jax.batching import Batches
 from orpo_jax.config import Config, check
 from orpo_jax.families import Architecture
 from orpo_jax.metrics import log
 from orpo_jax.model import remat_ladder, unrolls
-from orpo_jax.sharding import num_shards, own_shards
+from orpo_jax.sharding import HEAD_AXES, num_shards, own_shards, parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,8 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     pairs.tail = int(bool(coef))  # the routers' statistics have the last response token too
     layout = batching.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
-                                  flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps)
+                                  flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps,
+                                  head.most_at_once(-(-arch.spec.vocab_size // parts(mesh.shape, HEAD_AXES))))
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
                                 attention, coef, unroll=unrolls(platform)))

@@ -167,6 +167,20 @@ def cast(params: Params, dtype: jnp.dtype) -> Params:
             for name, part in params.items()}
 
 
+def by_layer(params: Any) -> Any:
+    """Returns the parameters with a list of layers in place of stacked ones."""
+    def layers(part: Any) -> list[Any]:
+        return [jax.tree.map(lambda x_L, i=i: x_L[i], part) for i in range(len(jax.tree.leaves(part)[0]))]
+
+    return {name: layers(part) if name.endswith("layers") else part for name, part in params.items()}
+
+
+def stacked(params: Any) -> Any:
+    """Returns what `by_layer` was given."""
+    stack = lambda layers: jax.tree.map(lambda *xs: jnp.stack(xs), *layers)
+    return {name: stack(part) if isinstance(part, list) else part for name, part in params.items()}
+
+
 def branches_of(rows: Rows) -> Array:
     """Returns of how many sequences each position is a token, float32 [B, T]: 2 in a shared trunk, 0 in padding."""
     at_T1 = jnp.arange(rows.ids.shape[1])[:, None]
@@ -225,13 +239,21 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, sched
     Gradients are summed over the micro-batches in float32, with the whole step's counts as denominators: k
     micro-batches are one big batch. grad_norm is before clipping.
     """
+    # Layers that are laid out one by one have their gradients summed so too, and stacked once a step. Stacked in every
+    # micro-batch, those of Llama-1B's mlps took 30 ms of a step of 855 on an H200, at half the speed of its memory.
+    split, join = (by_layer, stacked) if model.unroll else (lambda params: params,) * 2
+
     def train_step(state: TrainState, batch: StepBatch) -> tuple[TrainState, Sums, Array, Array]:
         def gradients(rows: Rows, expert_counts_X: Array | None) -> tuple[Params, Sums]:
-            grads, sums = jax.grad(model.loss, has_aux=True)(state.params, rows, batch.counts, expert_counts_X)
-            grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
-            return jax.lax.with_sharding_constraint(grads, shardings.params), sums
+            loss = lambda params: model.loss(join(cast(params, model.dtype)), rows, batch.counts, expert_counts_X)
+            grads, sums = jax.grad(loss, has_aux=True)(split(state.params))
+            return constrained(jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)), sums
+
+        def constrained(grads: Params) -> Params:
+            return split(jax.lax.with_sharding_constraint(join(grads), shardings.params))
 
         grads, sums = _step_sums(model, state.params, batch, gradients)
+        grads = join(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return (TrainState(state.step + 1, params, opt_state), sums, optax.global_norm(grads),

@@ -144,7 +144,8 @@ def test_the_process_and_the_epoch_leave_shapes_alone(pretrained):
 
 @pytest.mark.parametrize("changes", [{}, dict(packing=False), dict(share_prompt=False), dict(row_length=100),
                                      dict(rows_per_device="auto"), dict(shards=8), dict(batch_size=1),
-                                     dict(rows_per_step=3), dict(attention="cudnn"), dict(attention="splash"),
+                                     dict(rows_per_step=3), dict(attention="cudnn"), dict(attention="cudnn_packed"),
+                                     dict(attention="splash"),
                                      dict(platform="tpu", rows_per_device="auto"),
                                      dict(platform="gpu", rows_per_device="auto", attention="cudnn")])
 def test_every_batch_fits_its_layout(pretrained, changes):
@@ -212,7 +213,7 @@ class Lengths:
 def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, batch_size):
     parts = standin.lengths("ultrafeedback", 24_000)
     layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform,
-                         attention="cudnn" if platform == "gpu" else "xla")
+                         attention="cudnn_packed" if platform == "gpu" else "xla")
     unseen = Lengths(parts[12_000:]).sizes(True)
     steps = [unseen[start:start + batch_size] for start in range(0, len(unseen) - batch_size, batch_size)][:24]
     # Pairs longer than any that were seen can't come: the layout is made for the whole data set.
@@ -220,6 +221,18 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
     print(f"{platform}, {shards} shards, {batch_size} pairs: {fill:.3f}, {layout.rows_per_device} rows of "
           f"{layout.row_lengths}")
     assert fill >= 0.85
+
+
+def test_rows_are_no_longer_than_has_its_logits_computed_once():
+    pairs, config = Lengths(standin.lengths("ultrafeedback", 2000)), DataConfig(train="rows")
+    longest = -(-int(pairs.sizes(True)[:, 0].max()) // 128) * 128
+    make = lambda most, scope="sequence": make_layout(pairs, config, 64, "auto", 1, "gpu", attention="cudnn_packed",
+                                                      nll_scope=scope, most_scored=most)
+    most = 3328
+    assert longest <= make(most).row_lengths[-1] <= most < make(None).row_lengths[-1]
+    assert make(longest - 1).row_lengths[-1] == longest  # what no shorter row holds
+    layout = make(most, "completion")  # prompts have no logits
+    assert layout.scored_length <= most < layout.row_lengths[-1]
 
 
 @pytest.mark.parametrize(("platform", "packing", "position_flops"), [

@@ -1,5 +1,6 @@
 """The benchmark measures what it says: the lengths, one loss in all systems, and what becomes of a result."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -26,9 +27,15 @@ def settings(tmp_path_factory):
                             steps=1)
 
 
+def one_round(name, settings):
+    """Returns what one round of a system in this process finds."""
+    with contextlib.closing(benchmark.run_here(name, settings)) as results:
+        return next(results) | next(results)
+
+
 @pytest.fixture(scope="module")
 def ours(settings):
-    return benchmark.run_here("orpo_jax packed+shared", settings)
+    return one_round("orpo_jax packed+shared", settings)
 
 
 @pytest.mark.parametrize(("name", "drawn"), [
@@ -76,7 +83,7 @@ def test_useful_flops_are_those_of_the_rows(settings):
 
 def test_trls_layout_in_jax_has_the_same_loss(settings, ours):
     """test_step.py holds the project's own layouts to one another."""
-    got = benchmark.run_here("JAX, TRL's layout", settings)
+    got = one_round("JAX, TRL's layout", settings)
     assert (got["loss"], got["grad_norm"]) == pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
     assert got["computed_tokens"] > ours["computed_tokens"]
     assert got["compiler_flops"] > ours["compiler_flops"]
@@ -87,7 +94,7 @@ def test_torch_has_the_same_loss(settings, ours, name):
     pytest.importorskip("torch", reason="torch is not installed")
     if "Liger" in name:
         pytest.importorskip("liger_kernel.chunked_loss", reason="liger-kernel is not installed")
-    got = benchmark.run_here(name, dataclasses.replace(settings, count_flops=False))
+    got = one_round(name, dataclasses.replace(settings, count_flops=False))
     assert (got["loss"], got["grad_norm"]) == pytest.approx((ours["loss"], ours["grad_norm"]), rel=1e-5)
     assert "compiler_flops" not in got
 
@@ -121,7 +128,7 @@ def test_all_rows_of_the_timed_steps_are_counted(settings, monkeypatch):
     from benchmarking import jax_side
 
     monkeypatch.setattr(jax_side, "row_flops", lambda model, arch, row_length: float(row_length))
-    got = benchmark.run_here("orpo_jax concatenated", dataclasses.replace(settings, pairs=8, warmup=1))
+    got = one_round("orpo_jax concatenated", dataclasses.replace(settings, pairs=8, warmup=1))
     assert got["compiler_flops"] == sum(got["computed_tokens"]) / 8
 
 
@@ -147,6 +154,23 @@ def test_a_run_is_timed_and_counted(settings, ours):
     assert ours["compile_seconds"] > 0 and ours["peak_bytes"] > 2**20
     step = pairs.load(settings.pairs_file)
     assert (benchmark.branches(step) @ (-1, 1, 1)).sum() <= ours["computed_tokens"][0]
+
+
+def test_a_process_lives_for_as_many_rounds_as_are_asked_for(settings, ours, tmp_path):
+    process = benchmark.Process("orpo_jax packed+shared", settings, tmp_path, alive=True)
+    once, first, second = process.answer(), process.round(), process.round()
+    process.close()
+    assert once["loss"] == pytest.approx(ours["loss"], rel=1e-6)
+    assert first["computed_tokens"] == second["computed_tokens"] == ours["computed_tokens"]
+    assert first["seconds"] != second["seconds"]
+    assert "compiler_flops" in first and "compiler_flops" not in second
+    assert process.process.poll() is not None
+
+
+def test_a_process_that_fails_says_why(settings, tmp_path, capsys):
+    result = benchmark.run_apart("orpo_jax packed", dataclasses.replace(settings, model="nowhere"), tmp_path)
+    assert list(result) == ["error"] and "nowhere" in result["error"]
+    assert "nowhere" in capsys.readouterr().err
 
 
 WORK = report.Work(pairs=10, tokens=[100, 300], flops_per_pair=5.0, peak_flops=100.0)
@@ -223,7 +247,7 @@ def test_what_needs_a_gpu_does_not_run_without_one(settings):
         with pytest.raises(ValueError, match="needs a GPU"):
             benchmark.choose_systems(benchmark.parse(["--preset", "cpu-small", "--systems", name, "--device", "cpu"]))
     with pytest.raises(ValueError, match="'cudnn_mask' does not run here"):
-        benchmark.run_here("orpo_jax packed+shared, cudnn_mask", settings)
+        one_round("orpo_jax packed+shared, cudnn_mask", settings)
 
 
 def test_a_preset_says_what_it_needs(capsys):

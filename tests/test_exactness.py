@@ -31,7 +31,7 @@ FAMILIES = {
     "qwen2": tiny.config_of("qwen2", vocab_size=V, tie_word_embeddings=True),
     "mistral": tiny.config_of("mistral", vocab_size=V, sliding_window=5),
 }
-BACKENDS = ["xla", "cudnn", "cudnn_mask", "splash", pytest.param("tokamax", marks=pytest.mark.skipif(
+BACKENDS = ["xla", "cudnn_packed", "cudnn", "cudnn_mask", "splash", pytest.param("tokamax", marks=pytest.mark.skipif(
     importlib.util.find_spec("tokamax") is None, reason="needs tokamax"))]
 # Compiling is nearly all the time that these tests take. Later versions of JAX know no other kind of fusion.
 OPTIONS = {"xla_backend_optimization_level": 0} | (

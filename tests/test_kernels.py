@@ -1,6 +1,7 @@
 """Every back end of attention gives what the reference gives, forward and backward, for every kind of row."""
 
 import functools
+import re
 import sys
 
 import jax
@@ -24,8 +25,9 @@ LAYOUTS = [
     [(8, 0, 5)],  # a branch of nothing but its trunk
     [],
 ]
-EXPANDING = ["cudnn", "splash"]
-BACKENDS = ["cudnn", "cudnn_mask", "splash", "tokamax"]
+EXPANDING = ["cudnn_packed", "cudnn", "splash"]
+BACKENDS = ["cudnn_packed", "cudnn", "cudnn_mask", "splash", "tokamax"]
+PACKED = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="wrong in JAX before 0.11")
 
 
 def make_pair(trunk, chosen, rejected):
@@ -145,6 +147,7 @@ def test_there_is_no_scatter(backend):
 
 
 @pytest.mark.parametrize(("backend", "heads", "window", "head_dim"), [
+    ("cudnn_packed", (4, 4), None, 16), ("cudnn_packed", (4, 1), 2, 16), ("cudnn_packed", (4, 2), 5, 80),
     ("cudnn", (4, 4), None, 16), ("cudnn", (4, 1), 2, 16), ("cudnn", (4, 2), 5, 80), ("cudnn", (2, 1), None, 256),
     ("cudnn_mask", (4, 2), None, 64), ("cudnn_mask", (4, 2), 5, 96),
     ("splash", (2, 2), None, 64), ("splash", (4, 1), 5, 80), ("splash", (4, 2), 2, 16),
@@ -209,18 +212,51 @@ def test_no_token_of_another_pair_or_branch_has_any_influence(backend):
                 assert (sums[other] > 0) == (other in (regions_seen if name != "q" else [r])), (name, r, other)
 
 
-def test_what_a_kernel_makes_of_empty_branches_is_never_seen(monkeypatch):
-    """cuDNN promises nothing for what lies past a sequence's length."""
-    attend = jax.nn.dot_product_attention
+@jax.custom_vjp
+def spoil_gradient(x, unused):
+    """Returns x, whose gradient is not a number at the unused places."""
+    return x
 
-    def poisoned(q, k, v, *, query_seq_lengths, **kwargs):
-        past = (jnp.arange(q.shape[1]) >= query_seq_lengths[:, None])[..., None, None]
-        return jnp.where(past, jnp.nan, attend(q, k, v, query_seq_lengths=query_seq_lengths, **kwargs))
+
+spoil_gradient.defvjp(lambda x, unused: (x, unused), lambda unused, g: (jnp.where(unused, jnp.nan, g), None))
+
+
+@pytest.mark.parametrize("backend", ["cudnn_packed", "cudnn"])
+def test_what_a_kernel_makes_of_unused_places_is_never_seen(backend, monkeypatch):
+    """cuDNN promises nothing for what lies past a sequence's length, or in none."""
+    attend, in_line = jax.nn.dot_product_attention, kernels._interpreted_line
+
+    def spoilt(run, qkv, unused):
+        return jnp.where(unused, jnp.nan, run(*(spoil_gradient(x, unused) for x in qkv)))
+
+    def padded(*qkv, query_seq_lengths, **kwargs):
+        unused = (jnp.arange(qkv[0].shape[1]) >= query_seq_lengths[:, None])[..., None, None]
+        return spoilt(lambda *qkv: attend(*qkv, query_seq_lengths=query_seq_lengths, **kwargs), qkv, unused)
+
+    def packed(q, k, v, lengths, starts, window):
+        stops, places = starts[:, :-1] + lengths, jnp.arange(q.shape[1])[:, None]
+        used = ((starts[:, None, :-1] <= places) & (places < stops[:, None]) & (lengths > 0)[:, None]).any(-1)
+        return spoilt(lambda *qkv: in_line(*qkv, lengths, starts, window), (q, k, v), ~used[..., None, None])
 
     case = Case()
     expected = case.run("xla")
-    monkeypatch.setattr(jax.nn, "dot_product_attention", poisoned)
-    assert_near(case.run("cudnn"), expected)
+    if backend == "cudnn":
+        monkeypatch.setattr(jax.nn, "dot_product_attention", padded)
+    else:
+        monkeypatch.setattr(kernels, "_interpreted_line", packed)
+    assert_near(case.run(backend), expected)
+
+
+def test_sequences_in_line_are_told_as_jax_wants_them():
+    """Lengths and starts, -1 for none, and one more start than sequences."""
+    told = []
+    rows = jax.tree.map(jnp.asarray, make_rows([[(5, 7, 3), (8, 0, 5)], []]))
+    attend = kernels._cudnn_packed(rows, 64, lambda q, k, v, *tables: told.extend(tables) or q)
+    attend(*[jnp.zeros((2, ROW_LENGTH, 1, 8))] * 3, 7, None)
+    lengths, starts, window = told
+    none = [-1] * 6
+    assert lengths.tolist() == [[12, 8, 8, 13, *none], [-1] * 10]
+    assert starts.tolist() == [[0, 12, 20, 28, *none, -1], [-1] * 11] and window == 7
 
 
 @pytest.fixture
@@ -229,12 +265,14 @@ def cudnn_library(monkeypatch):
     from jax._src.cudnn import fused_attention_stablehlo
 
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91500)
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: True)
 
 
 # On a mesh
 
 
 @pytest.mark.parametrize(("backend", "heads", "mesh_sizes"), [
+    ("cudnn_packed", (4, 2), (2, 2, 2)),
     ("cudnn", (4, 2), (2, 2, 2)), ("cudnn", (4, 2), (1, 2, 4)), ("cudnn_mask", (4, 1), (2, 2, 2)),
     ("splash", (4, 1), (2, 2, 2)), ("tokamax", (4, 2), (2, 2, 2)),
 ], ids=str)
@@ -255,18 +293,25 @@ def test_a_mesh_changes_nothing(backend, heads, mesh_sizes):
     assert "ENTRY" in text and "all-to-all" not in text and "collective-permute" not in text
 
 
-def test_on_cuda_each_device_calls_cudnn_on_its_own_rows_and_heads(cudnn_library):
+@pytest.mark.parametrize(("backend", "operands"), [  # of 2 of 8 rows with 10 branches, and 2 of 4 heads
+    ("cudnn", "tensor<20x52x2x16xbf16>, tensor<20x52x1x16xbf16>, tensor<20x52x1x16xbf16>, tensor<20xi32>"),
+    pytest.param("cudnn_packed", "tensor<2x120x2x16xbf16>, tensor<2x120x1x16xbf16>, tensor<2x120x1x16xbf16>, "
+                 "tensor<2x10xi32>, tensor<2x10xi32>, tensor<2x11xi32>, tensor<2x11xi32>", marks=PACKED),
+])
+def test_on_cuda_each_device_calls_cudnn_on_its_own_rows_and_heads(backend, operands, cudnn_library):
     case = Case(dtype=jnp.bfloat16)
     case.options["interpret"] = False
     mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
     with jax.set_mesh(mesh):
         put = lambda x: jax.device_put(x, jax.NamedSharding(mesh, jax.P(sharding.BATCH_AXES)))
-        traced = jax.jit(case.pull("cudnn")).trace(*jax.tree.map(put, (case.qkv, case.rows)))
+        traced = jax.jit(case.pull(backend)).trace(*jax.tree.map(put, (case.qkv, case.rows)))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     forward, backward = [line for line in text.splitlines() if "custom_call @__cudnn" in line]
-    assert "fmhaSoftmax(" in forward and "fmhaSoftmaxBackward(" in backward and "scatter" not in text
-    # 2 of 8 rows of 10 branches, 2 of 4 heads.
-    assert "(tensor<20x52x2x16xbf16>, tensor<20x52x1x16xbf16>, tensor<20x52x1x16xbf16>, tensor<20xi32>" in forward
+    assert "fmhaSoftmax(" in forward and "fmhaSoftmaxBackward(" in backward
+    # JAX makes cuDNN's tables of the packed sequences with some.
+    scattered = re.findall(r'"stablehlo.scatter".*?-> (tensor<[^>]*>)\n', text, re.DOTALL)
+    assert all(kind.endswith("xi32>") for kind in scattered) and bool(scattered) == (backend == "cudnn_packed")
+    assert operands in forward
 
 
 # Under jax.checkpoint
@@ -287,6 +332,7 @@ def calls(jaxpr, primitives):
 
 @pytest.mark.parametrize(("backend", "meshed", "forward", "backward"), [
     ("splash", False, "pallas_call", 2), ("splash", True, "pallas_call", 2), ("tokamax", False, "pallas_call", 1),
+    pytest.param("cudnn_packed", True, "dot_product_attention_fwd_wrapper", 0, marks=PACKED),
     ("cudnn", False, "dot_product_attention_fwd_wrapper", 0), ("cudnn", True, "dot_product_attention_fwd_wrapper", 0),
     ("cudnn_mask", False, "dot_product_attention_fwd_wrapper", 0),
 ], ids=str)
@@ -326,8 +372,9 @@ def choose(name, platform, **changes):
     ("auto", "cpu", {}, "xla", None),
     ("auto", "cpu", dict(dtype="float32", windows=[None, 4], softcap=3.0), "xla", None),
     ("xla", "gpu", {}, "xla", None),
-    ("auto", "gpu", {}, "cudnn", None),
-    ("auto", "gpu", dict(windows=[4, 4]), "cudnn", None),
+    pytest.param("auto", "gpu", {}, "cudnn_packed", None, marks=PACKED),
+    pytest.param("auto", "gpu", dict(windows=[4, 4]), "cudnn_packed", None, marks=PACKED),
+    ("cudnn", "gpu", dict(windows=[4, 4]), "cudnn", None),
     ("cudnn_mask", "gpu", dict(windows=[4, None]), "cudnn_mask", None),
     ("splash", "tpu", dict(softcap=3.0), "splash", None),
     ("auto", "rocket", {}, "xla", None),
@@ -350,6 +397,15 @@ def test_the_choice_says_why(name, platform, changes, backend, reason, caplog, c
     else:
         (line,) = lines
         assert line.startswith(f"model.attention={name}: runs as {backend} (") and reason in line and "\n" not in line
+
+
+def test_before_hopper_or_jax_0_11_branches_are_not_packed(caplog, cudnn_library, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_compute_capability", lambda capability: False)
+    assert choose("auto", "gpu") == choose("cudnn_packed", "gpu") == "cudnn"
+    why = "in JAX before 0.11" if jax.__version_info__ < (0, 11) else "at least Hopper"
+    assert all(why in record.getMessage() for record in caplog.records) and len(caplog.records) == 2
 
 
 def test_without_cudnn_a_gpu_runs_xla(caplog):

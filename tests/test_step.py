@@ -59,6 +59,28 @@ def test_every_mesh_gives_the_one_device_numbers(trials, mesh, tied, micro_batch
     assert_same(got, expected)
 
 
+def test_nor_do_layers_one_by_one(trials):
+    trial, expected = trials[False]
+    assert_same(trial.step((2, 2, 2), remat="minimal", unroll=True, rows_per_device=2, row_length=128), expected)
+
+
+def test_gradients_of_layers_one_by_one_are_stacked_once_a_step(trial):
+    layout = batching.Layout(row_lengths=(128,), rows_per_device=1, num_shards=1, max_pairs=2, branch_length=64,
+                             expanded_length=256, max_rows=2, share_prompt=True)
+    rows = jax.tree.map(lambda x: np.stack([x, x]), packing.empty_rows(1, 128, 2))
+    batch = batching.StepBatch((batching.Group(rows, np.int32(2)),), head.Counts(np.float32(1), np.float32(1)))
+    mesh = sharding.make_mesh(dict.fromkeys(sharding.MESH_AXES, 1), jax.devices()[:1])
+    params, optimizer = weights.abstract_params(trial.arch, jnp.float32, mesh), optax.sgd(1.0)
+    shardings = step_lib.state_shardings(params, optimizer, mesh)
+    up = "f32[" + ",".join(map(str, params["layers"]["mlp"]["up"]["weight"].shape)) + "]"
+    with jax.set_mesh(mesh):
+        model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1, unroll=True)
+        compiled = step_lib.make_train_step(model, optimizer, lambda step: 0.0, shardings).lower(
+            step_lib.abstract_state(params, optimizer, shardings), batch).compile().as_text()
+    stacks = [line for line in compiled.splitlines() if up in line and "concatenate(" in line]
+    assert stacks and not any("while" in line for line in stacks)
+
+
 @pytest.mark.parametrize("changes", [
     dict(packing=False), dict(share_prompt=False), dict(packing=False, share_prompt=False), dict(row_length=256),
     dict(rows_per_device=5), dict(chunks=4), dict(remat="minimal"), dict(remat="attention"), dict(remat="full"),
@@ -73,7 +95,8 @@ def test_what_was_measured_on_a_gpu_is_what_runs_there(trial):
     assert [remat_ladder(platform)[0] for platform in ("cpu", "gpu", "tpu")] == ["minimal", "minimal", "none"]
     assert [platform for platform in ("cpu", "gpu", "tpu") if unrolls(platform)] == ["gpu"]
     pairs = data.from_pairs(standin.make_pairs(standin.lengths("ultrafeedback", 256), 400))
-    layout = batching.make_layout(pairs, config_lib.DataConfig(train="rows"), 64, "auto", 1, "gpu", attention="cudnn")
+    layout = batching.make_layout(pairs, config_lib.DataConfig(train="rows"), 64, "auto", 1, "gpu",
+                                  attention="cudnn_packed")
     assert layout.rows_per_device * layout.row_lengths[-1] == 3 * 2304
     for unroll in (False, True):
         model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1, unroll=unroll)

@@ -11,6 +11,9 @@ random ids with the lengths of a real set, or real rows. Timed is a whole optimi
 forward, backward, clipping and AdamW, each step over pairs of its own and waited for before the next. All systems take
 --pairs pairs to a step; those that lay pairs out as TRL does cut them into micro-batches of --micro.
 
+With --alive a system has one process for all its rounds: they start together, compile beside each other, and then take
+turns. The device must hold what all of them keep between rounds: 16 bytes a weight, and with JAX its largest step.
+
 Parity: the first step of every system, which is not timed, is over the first --micro pairs alone. Such a step is one
 micro-batch to TRL, whose loss is the mean over micro-batches, so there all systems mean the same number. A row whose
 loss or gradient norm there is not the reference's (report.TOLERANCE) is VOID: its speed is that of other work.
@@ -31,9 +34,11 @@ Columns
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -95,6 +100,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="steps before the timed ones")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each run")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each system")
+    parser.add_argument("--alive", action="store_true", help="one process for all rounds of a system")
     parser.add_argument("--largest", action="store_true", help="find the largest model, and micro-batch, that fits")
     parser.add_argument("--check-attention", action="store_true", help="check the attention kernels, then stop")
     parser.add_argument("--title", default="", help="keep the run in --results under this name; a preset has its own")
@@ -194,29 +200,73 @@ def peak_flops(settings: Settings) -> float | None:
 # Runs
 
 
-def run_here(system: str, settings: Settings) -> Result:
-    """Returns the result of one system in this process."""
+def run_here(system: str, settings: Settings) -> Iterator[Result]:
+    """Yields what happens once, then rounds, of one system in this process."""
     side = importlib.import_module(f"benchmarking.{SYSTEMS[system].side}_side")
     return side.measure(SYSTEMS[system], settings)
 
 
+MARK = "RESULT "  # before what a process answers; libraries print other lines
+
+
+def serve(system: str, settings: Settings) -> None:
+    """Prints what happens once, then a round for each line that comes in."""
+    results = run_here(system, settings)
+    for result in itertools.chain([next(results)], (next(results) for _ in sys.stdin)):
+        print("\n" + MARK + json.dumps(result), flush=True)
+
+
+class Process:
+    """A system in a process of its own. `answer` is what it found, or {'error': why} where it failed."""
+
+    def __init__(self, system: str, settings: Settings, folder: pathlib.Path, alive: bool = False):
+        folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
+        (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        memory = ("PREALLOCATE", "false") if alive else ("MEM_FRACTION", "0.95")
+        environment = {"OMP_WAIT_POLICY": "passive", f"XLA_PYTHON_CLIENT_{memory[0]}": memory[1], **os.environ,
+                       "PYTHONPATH": paths, "JAX_ENABLE_COMPILATION_CACHE": "false",
+                       "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda,cpu",
+                       "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+        self.errors = folder / "errors"
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--one", system, "--settings", str(folder / "settings.json")],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+
+    def answer(self) -> Result:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        errors, returncode = self.errors.read_text(), self.process.wait()
+        if OUT_OF_MEMORY.search(errors) or returncode == -9:
+            return {"error": "out of memory"}
+        print(errors[-3000:], file=sys.stderr)
+        return {"error": "failed: " + " ".join((errors.strip().splitlines() or ["no message"])[-1].split())[:100]}
+
+    def round(self) -> Result:
+        """Returns the answer of one more round."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def close(self) -> None:
+        """Ends the process, which frees its memory."""
+        self.process.kill()
+        self.process.communicate()
+
+
 def run_apart(system: str, settings: Settings, folder: pathlib.Path) -> Result:
-    """Returns the result of one system in a process of its own, or {'error': why} where it has none."""
-    file = folder / "settings.json"
-    file.write_text(json.dumps(dataclasses.asdict(settings)))
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {"OMP_WAIT_POLICY": "passive", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", **os.environ,
-                   "PYTHONPATH": paths, "JAX_ENABLE_COMPILATION_CACHE": "false",
-                   "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda,cpu",
-                   "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, __file__, "--one", system, "--settings", str(file)], capture_output=True,
-                          text=True, env=environment)
-    if not done.returncode:
-        return json.loads(done.stdout.splitlines()[-1])
-    if OUT_OF_MEMORY.search(done.stderr) or done.returncode == -9:
-        return {"error": "out of memory"}
-    print(done.stderr[-3000:], file=sys.stderr)
-    return {"error": "failed: " + " ".join((done.stderr.strip().splitlines() or ["no message"])[-1].split())[:100]}
+    """Returns the result of one round of a system, in a process that ends with it."""
+    process = Process(system, settings, folder)
+    try:
+        once = process.answer()
+        return once if "error" in once else once | process.round()
+    finally:
+        process.close()
 
 
 def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path) -> dict[str, Any]:
@@ -226,13 +276,25 @@ def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path
     arch = architecture(read_config(pathlib.Path(settings.model)), max(pair.longest for pair in pairs))
     rounds: dict[str, list[Result]] = {name: [] for name in names}
     peaks = []  # of a machine that others share it changes
-    for turn in range(args.rounds):
-        for name in names:
-            if not any("error" in result for result in rounds[name]):
+    processes = {name: Process(name, settings, folder, alive=True) for name in names if args.alive}
+    try:
+        once = {name: process.answer() for name, process in processes.items()}
+        for turn in range(args.rounds):
+            for name in names:
+                if any("error" in result for result in rounds[name]):
+                    continue
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
                 peaks.append(peak_flops(settings))
-                counting = dataclasses.replace(settings, count_flops=turn == 0)
-                rounds[name].append(run_apart(name, counting, folder))
+                if not args.alive:
+                    counting = dataclasses.replace(settings, count_flops=turn == 0)
+                    rounds[name].append(run_apart(name, counting, folder))
+                elif "error" in once[name]:
+                    rounds[name].append(once[name])
+                else:
+                    rounds[name].append(once[name] | processes[name].round())
+    finally:
+        for process in processes.values():
+            process.close()
     work = make_work(settings, arch, max(peaks, key=lambda peak: peak or 0.0))
     rows = {name: dict(error=results[-1]["error"]) if "error" in results[-1] else report.figures(results, work)
             for name, results in rounds.items()}
@@ -290,6 +352,7 @@ def describe(args: argparse.Namespace, reference: str | None) -> str:
         f"{args.lengths} lengths" + (f" times {args.scale:g}" if args.scale != 1 else ""))
     text = f"{pathlib.Path(args.model).name}, {args.dtype}, {where}, {args.pairs} pairs a step"
     text += f", micro-batches of {args.micro} in TRL's layout" + (f"; {args.rounds} rounds of {args.steps} steps")
+    text += ", of processes that stay alive" * args.alive
     return text + (f"; parity with {reference}." if reference else ".")
 
 
@@ -323,8 +386,7 @@ def machine(device: str) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     args = parse(argv)
     if args.one:
-        settings = Settings(**json.loads(args.settings.read_text()))
-        print("\n" + json.dumps(run_here(args.one, settings)))
+        serve(args.one, Settings(**json.loads(args.settings.read_text())))
         return
     if args.readme:
         report.rewrite(args.readme, report.markdown(args.results))

@@ -18,7 +18,7 @@ from orpo_jax.model import unrolls
 
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
-BACKENDS = ("cudnn", "cudnn_mask", "splash", "tokamax")
+BACKENDS = ("cudnn_packed", "cudnn", "cudnn_mask", "splash", "tokamax")
 HEADS = ((14, 2, 64), (32, 8, 128))  # query heads, key/value heads, head size: Qwen2-0.5B's, and an 8B's
 TOLERANCE = 0.02
 
@@ -43,11 +43,11 @@ def lengths_of(rows: packing.Rows) -> dict[str, int]:
 
 def outputs(attend: Attend, qkv: tuple[Array, ...], weight: Array) -> list[np.ndarray]:
     """Returns the output and the gradients of q, k and v for a given gradient of the output, in float32."""
-    def both(*qkv: Array) -> Any:
+    def both(weight: Array, *qkv: Array) -> Any:
         out, back = jax.vjp(attend, *qkv)
         return [out * weight.astype(bool), *back(weight.astype(out.dtype))]
 
-    return [np.asarray(x, np.float32) for x in jax.jit(both)(*qkv)]
+    return [np.asarray(x, np.float32) for x in jax.jit(both)(weight, *qkv)]
 
 
 def report_one(name: str, attend: Attend, expected: list[np.ndarray], qkv: tuple, weight: Array) -> bool:

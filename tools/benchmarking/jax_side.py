@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,8 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
     if system.attention not in ("auto", attention):
         raise ValueError(f"attention {system.attention!r} does not run here, and {attention!r} is not that system")
     layout = batching.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
-                                  position_flops=flops.position_flops(arch), num_steps=RUN_STEPS)
+                                  position_flops=flops.position_flops(arch), num_steps=RUN_STEPS,
+                                  most_scored=head.most_at_once(arch.spec.vocab_size))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (batching.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 
@@ -173,8 +174,8 @@ def make_optimizer(settings: Settings, arch: Architecture) -> tuple[optax.Gradie
     return optim.make_optimizer(config, 1, arch.decay_mask()), optim.learning_rate_schedule(config, 1)
 
 
-def measure(system: System, settings: Settings) -> Result:
-    """Returns the result of one run in this process, on the first device."""
+def measure(system: System, settings: Settings) -> Iterator[Result]:
+    """Yields what `clock` does, in this process, on the first device; the first round has the FLOPs, if wanted."""
     device = jax.devices()[0]
     if (device.platform == "cpu") != (settings.device == "cpu"):
         raise ValueError(f"--device {settings.device}: JAX found only {device.platform} devices")
@@ -185,11 +186,11 @@ def measure(system: System, settings: Settings) -> Result:
     with jax.set_mesh(mesh), head.precision(jnp.dtype(settings.dtype)):
         params = weights.load_params(pathlib.Path(settings.model), arch, mesh=mesh)
         steps = make(system, settings, pairs, arch, params, mesh)
-        result = clock(settings, steps.first, steps.step, lambda: peak_memory(device))
-    if settings.count_flops:
-        with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            result["compiler_flops"] = steps.flops()
-    return result
+        for turn, result in enumerate(clock(settings, steps.first, steps.step, lambda: peak_memory(device))):
+            if turn == 1 and settings.count_flops:
+                with jax.default_device(jax.local_devices(backend="cpu")[0]):
+                    result["compiler_flops"] = steps.flops()
+            yield result
 
 
 def peak_memory(device: Any) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -81,8 +81,8 @@ Result = dict[str, Any]
 
 
 def clock(settings: Settings, first: Callable[[], tuple[float, float]], step: Callable[[int], int],
-          peak_memory: Callable[[], int]) -> Result:
-    """Returns the losses, times, computed tokens and memory of a run.
+          peak_memory: Callable[[], int]) -> Iterator[Result]:
+    """Yields what happens once, then the times, computed tokens and memory of a round, as often as it is asked.
 
     first() takes an optimiser step over the first micro-batch and returns its loss and gradient norm; step(i) takes
     the step over all pairs of step i, waits for it, and returns how many positions it computed.
@@ -92,14 +92,15 @@ def clock(settings: Settings, first: Callable[[], tuple[float, float]], step: Ca
     compiled = time.perf_counter()
     first()
     compile_seconds = 2 * compiled - start - time.perf_counter()
-    seconds, computed = [], []
-    for i in range(settings.warmup + settings.steps):
-        start = time.perf_counter()
-        computed.append(step(i))
-        seconds.append(time.perf_counter() - start)
-    return {"loss": loss, "grad_norm": grad_norm, "compile_seconds": max(0.0, compile_seconds),
-            "seconds": seconds[settings.warmup:], "computed_tokens": computed[settings.warmup:],
-            "peak_bytes": peak_memory()}
+    yield {"loss": loss, "grad_norm": grad_norm, "compile_seconds": max(0.0, compile_seconds)}
+    while True:
+        seconds, computed = [], []
+        for i in range(settings.warmup + settings.steps):
+            start = time.perf_counter()
+            computed.append(step(i))
+            seconds.append(time.perf_counter() - start)
+        yield {"seconds": seconds[settings.warmup:], "computed_tokens": computed[settings.warmup:],
+               "peak_bytes": peak_memory()}
 
 
 def peak_rss() -> int:
