@@ -158,7 +158,7 @@ def test_a_run_is_timed_and_counted(settings, ours):
 
 def test_a_process_lives_for_as_many_rounds_as_are_asked_for(settings, ours, tmp_path):
     process = benchmark.Process("orpo_jax packed+shared", settings, tmp_path, alive=True)
-    once, first, second = process.answer(), process.round(), process.round()
+    once, first, second = process.ask(), process.ask(), process.ask()
     process.close()
     assert once["loss"] == pytest.approx(ours["loss"], rel=1e-6)
     assert first["computed_tokens"] == second["computed_tokens"] == ours["computed_tokens"]

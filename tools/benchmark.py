@@ -11,8 +11,8 @@ random ids with the lengths of a real set, or real rows. Timed is a whole optimi
 forward, backward, clipping and AdamW, each step over pairs of its own and waited for before the next. All systems take
 --pairs pairs to a step; those that lay pairs out as TRL does cut them into micro-batches of --micro.
 
-With --alive a system has one process for all its rounds: they start together, compile beside each other, and then take
-turns. The device must hold what all of them keep between rounds: 16 bytes a weight, and with JAX its largest step.
+With --alive a system has one process for all its rounds, so that each compiles once. The device must hold what all of
+them keep while another one runs: 16 bytes a weight in PyTorch, the most that it has used in JAX.
 
 Parity: the first step of every system, which is not timed, is over the first --micro pairs alone. Such a step is one
 micro-batch to TRL, whose loss is the mean over micro-batches, so there all systems mean the same number. A row whose
@@ -38,7 +38,6 @@ import contextlib
 import dataclasses
 import importlib
 import importlib.metadata
-import itertools
 import json
 import os
 import pathlib
@@ -210,14 +209,13 @@ MARK = "RESULT "  # before what a process answers; libraries print other lines
 
 
 def serve(system: str, settings: Settings) -> None:
-    """Prints what happens once, then a round for each line that comes in."""
-    results = run_here(system, settings)
-    for result in itertools.chain([next(results)], (next(results) for _ in sys.stdin)):
+    """Prints, for each line that comes in, what happens once, then a round."""
+    for _, result in zip(sys.stdin, run_here(system, settings), strict=False):
         print("\n" + MARK + json.dumps(result), flush=True)
 
 
 class Process:
-    """A system in a process of its own. `answer` is what it found, or {'error': why} where it failed."""
+    """A system in a process of its own."""
 
     def __init__(self, system: str, settings: Settings, folder: pathlib.Path, alive: bool = False):
         folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
@@ -234,8 +232,12 @@ class Process:
                 [sys.executable, __file__, "--one", system, "--settings", str(folder / "settings.json")],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
-    def answer(self) -> Result:
-        assert self.process.stdout is not None
+    def ask(self) -> Result:
+        """Returns what happens once, then, each time, a round; {'error': why} where it failed."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
@@ -244,14 +246,6 @@ class Process:
             return {"error": "out of memory"}
         print(errors[-3000:], file=sys.stderr)
         return {"error": "failed: " + " ".join((errors.strip().splitlines() or ["no message"])[-1].split())[:100]}
-
-    def round(self) -> Result:
-        """Returns the answer of one more round."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        return self.answer()
 
     def close(self) -> None:
         """Ends the process, which frees its memory."""
@@ -263,8 +257,8 @@ def run_apart(system: str, settings: Settings, folder: pathlib.Path) -> Result:
     """Returns the result of one round of a system, in a process that ends with it."""
     process = Process(system, settings, folder)
     try:
-        once = process.answer()
-        return once if "error" in once else once | process.round()
+        once = process.ask()
+        return once if "error" in once else once | process.ask()
     finally:
         process.close()
 
@@ -276,22 +270,21 @@ def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path
     arch = architecture(read_config(pathlib.Path(settings.model)), max(pair.longest for pair in pairs))
     rounds: dict[str, list[Result]] = {name: [] for name in names}
     peaks = []  # of a machine that others share it changes
-    processes = {name: Process(name, settings, folder, alive=True) for name in names if args.alive}
+    processes, once = {name: Process(name, settings, folder, alive=True) for name in names if args.alive}, {}
     try:
-        once = {name: process.answer() for name, process in processes.items()}
         for turn in range(args.rounds):
             for name in names:
                 if any("error" in result for result in rounds[name]):
                     continue
                 print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
                 peaks.append(peak_flops(settings))
-                if not args.alive:
+                if name not in processes:
                     counting = dataclasses.replace(settings, count_flops=turn == 0)
                     rounds[name].append(run_apart(name, counting, folder))
-                elif "error" in once[name]:
-                    rounds[name].append(once[name])
-                else:
-                    rounds[name].append(once[name] | processes[name].round())
+                    continue
+                if turn == 0:
+                    once[name] = processes[name].ask()
+                rounds[name].append(once[name] if "error" in once[name] else once[name] | processes[name].ask())
     finally:
         for process in processes.values():
             process.close()

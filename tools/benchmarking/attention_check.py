@@ -19,7 +19,7 @@ from orpo_jax.model import unrolls
 Array = jax.Array
 Attend = Callable[[Array, Array, Array], Array]
 BACKENDS = ("cudnn_packed", "cudnn", "cudnn_mask", "splash", "tokamax")
-HEADS = ((14, 2, 64), (32, 8, 128))  # query heads, key/value heads, head size: Qwen2-0.5B's, and an 8B's
+HEADS = ((14, 2, 64), (32, 8, 64), (32, 8, 128))  # query and key/value heads, size: Qwen2-0.5B's, Llama's 1B's and 8B's
 TOLERANCE = 0.02
 
 

@@ -37,6 +37,7 @@ SYSTEMS = {
     "orpo_jax packed": System("jax", share_prompt=False),
     "orpo_jax concatenated": System("jax", packing=False, share_prompt=False),
     "orpo_jax packed+shared, recompute": System("jax", recompute=True, only_gpu=True),
+    "orpo_jax packed+shared, cudnn": System("jax", attention="cudnn", only_gpu=True),
     "orpo_jax packed+shared, cudnn_mask": System("jax", attention="cudnn_mask", only_gpu=True),
     "JAX, TRL's layout": System("jax", trl_layout=True),
     "torch TRL": System("torch"),
