@@ -84,6 +84,13 @@ PARTS = (1, 2, 3, 4, 6, 8, 12)
 MOST_SHORTER = 2
 
 
+class SecondLogits(NamedTuple):
+    """What rows cost whose logits are too many to be kept: they are computed again."""
+
+    above: int  # scored positions of such rows are more (head.most_at_once)
+    cost: float  # of each one, in positions
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The shapes of every batch of a run: one compiled program serves them all."""
@@ -100,6 +107,7 @@ class Layout:
     scored_length: int | None = None  # Room.scored of the longest row; None: every position is scored
     encoder_length: int | None = None  # tokens of the prompt beside each row; None: there is none
     micro_cost: int = 0  # Costs.micro_cost
+    second_logits: SecondLogits | None = None
 
     @property
     def rows(self) -> int:
@@ -158,7 +166,12 @@ class Layout:
 
     def _cost(self, num_micro: Sequence[int]) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
-        return self.slots(num_micro) / self.num_shards + sum(num_micro) * self.micro_cost
+        again = 0.0
+        if self.second_logits is not None:
+            scored = [self.room(length).scored for length in self.row_lengths]
+            again = self.second_logits.cost * self.rows_per_device * sum(
+                n * size for n, size in zip(num_micro, scored, strict=True) if size > self.second_logits.above)
+        return self.slots(num_micro) / self.num_shards + sum(num_micro) * self.micro_cost + again
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
         """Returns the micro-batches of each length; each gives every shard the same number of rows."""
@@ -198,13 +211,12 @@ FULL_ROW_LENGTH = 2048
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
                 platform: str, rows_per_step: int | None = None, attention: str = "xla",
                 nll_scope: str = "sequence", position_flops: float = 0.0, num_steps: float = 1.0,
-                most_scored: int | None = None) -> Layout:
+                second_logits: SecondLogits | None = None) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard
     has few pairs, rows as long as the longest pair would leave half of the last micro-batch empty. position_flops: what
-    a device computes for a position; with it, lengths are as many as `num_steps` steps pay for. most_scored: from how
-    many positions of a row a device makes logits once (head.most_at_once); only what no shorter row holds has more.
+    a device computes for a position; with it, lengths are as many as `num_steps` steps pay for.
     """
     if pairs.encodes:
         config = dataclasses.replace(config, packing=False)  # an encoder reads one prompt to a row
@@ -250,13 +262,12 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
                 max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
             expanded_length = enough(expanded) if attention in ("cudnn_packed", "splash") else 2 * top
             scored_length = enough(scored) if nll_scope == "completion" else None
-            if most_scored is not None and (scored_length or top) > most_scored and top > min(tops):
-                continue
             most = costs.micro_tokens // (top + (encoder_length or 0))
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
                 yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
-                             config.share_prompt, config.packing, scored_length, encoder_length, costs.micro_cost)
+                             config.share_prompt, config.packing, scored_length, encoder_length, costs.micro_cost,
+                             second_logits)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:

@@ -110,10 +110,17 @@ def lay_out(config: Config, arch: Architecture, mesh: jax.sharding.Mesh, attenti
     layout = batching.make_layout(pairs, config.data, batch_size, config.train.rows_per_device, num_shards(mesh),
                                   platform, rows_per_step, attention, config.orpo.nll_scope,
                                   flops.position_flops(arch) * num_shards(mesh) / mesh.size, num_steps,
-                                  head.most_at_once(-(-arch.spec.vocab_size // parts(mesh.shape, HEAD_AXES))))
+                                  second_logits(arch, parts(mesh.shape, HEAD_AXES)))
     return (Batches(pairs, layout, batch_size, config.orpo, seed, rows_per_step, own_shards(mesh)),
             step_lib.make_model(arch, layout, step_lib.compute_dtype(config.model.dtype, platform), config.orpo.beta,
                                 attention, coef, unroll=unrolls(platform)))
+
+
+def second_logits(arch: Architecture, parts_of_words: int = 1) -> batching.SecondLogits:
+    """Returns what it costs to compute logits twice, on a device that makes those of a part of the words."""
+    return batching.SecondLogits(
+        head.most_at_once(-(-arch.spec.vocab_size // parts_of_words)),
+        2 * arch.spec.vocab_size * arch.spec.d_model / flops.position_flops(arch))
 
 
 def router_coef(config: Config, arch: Architecture) -> float:

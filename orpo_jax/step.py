@@ -240,7 +240,8 @@ def make_train_step(model: Model, optimizer: optax.GradientTransformation, sched
     micro-batches are one big batch. grad_norm is before clipping.
     """
     # Layers that are laid out one by one have their gradients summed so too, and stacked once a step. Stacked in every
-    # micro-batch, those of Llama-1B's mlps took 30 ms of a step of 855 on an H200, at half the speed of its memory.
+    # micro-batch, those of Llama-1B's mlps were 30 ms of a step's 855 in a profile on an H200, at half the speed of its
+    # memory.
     split, join = (by_layer, stacked) if model.unroll else (lambda params: params,) * 2
 
     def train_step(state: TrainState, batch: StepBatch) -> tuple[TrainState, Sums, Array, Array]:

@@ -223,16 +223,23 @@ def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, bat
     assert fill >= 0.85
 
 
-def test_rows_are_no_longer_than_has_its_logits_computed_once():
+def test_rows_whose_logits_are_computed_twice_cost_more():
     pairs, config = Lengths(standin.lengths("ultrafeedback", 2000)), DataConfig(train="rows")
-    longest = -(-int(pairs.sizes(True)[:, 0].max()) // 128) * 128
-    make = lambda most, scope="sequence": make_layout(pairs, config, 64, "auto", 1, "gpu", attention="cudnn_packed",
-                                                      nll_scope=scope, most_scored=most)
-    most = 3328
-    assert longest <= make(most).row_lengths[-1] <= most < make(None).row_lengths[-1]
-    assert make(longest - 1).row_lengths[-1] == longest  # what no shorter row holds
-    layout = make(most, "completion")  # prompts have no logits
-    assert layout.scored_length <= most < layout.row_lengths[-1]
+
+    def make(above, cost=0.1, scope="sequence"):
+        return make_layout(pairs, config, 64, "auto", 1, "gpu", attention="cudnn_packed", nll_scope=scope,
+                           second_logits=batching.SecondLogits(above, cost))
+
+    layout, above = make(10**6), 3328
+    assert layout.row_lengths[-1] > above >= make(above).row_lengths[-1]
+    assert make(above, cost=1e-4).row_lengths == layout.row_lengths  # fewer empty positions are worth more
+    assert make(1).row_lengths == layout.row_lengths  # every row would
+    scored = make(above, scope="completion")  # prompts have no logits
+    assert scored.scored_length <= above < scored.row_lengths[-1]
+    twice = dataclasses.replace(layout, second_logits=batching.SecondLogits(1, 0.1))
+    steps = [pairs.sizes(True)[:64]]
+    positions = layout.cost(steps) - layout.micro_cost * sum(layout.num_micro(layout.plan(steps[0])))
+    assert twice.cost(steps) == pytest.approx(layout.cost(steps) + 0.1 * positions)
 
 
 @pytest.mark.parametrize(("platform", "packing", "position_flops"), [

@@ -14,7 +14,7 @@ import pytest
 import tiny
 from trial import PAIRS, Trial, assert_same
 
-from orpo_jax import batching, data, head, optim, packing, sharding, standin, weights
+from orpo_jax import batching, data, flops, head, optim, packing, program, sharding, standin, weights
 from orpo_jax import config as config_lib
 from orpo_jax import step as step_lib
 from orpo_jax.families import architecture
@@ -104,6 +104,18 @@ def test_what_was_measured_on_a_gpu_is_what_runs_there(trial):
             weights.abstract_params(trial.arch), packing.empty_rows(1, 2304, 2)))
         assert (f"unroll={trial.arch.spec.num_layers}" in jaxpr) == unroll
         assert ("while" in jaxpr) == (not unroll)  # XLA's attention
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_layouts_know_how_many_logits_a_device_keeps(trial, tensor, monkeypatch):
+    spec, config = trial.arch.spec, config_lib.build(dict(
+        model={"path": str(trial.folder)}, data={"train": "rows"}, output_dir="run"))
+    monkeypatch.setattr(head, "LOGITS_BUDGET", 4 * 50 * spec.vocab_size)
+    mesh = sharding.make_mesh(dict(data=1, fsdp=2, tensor=tensor), jax.devices()[:2 * tensor])
+    batches, _ = program.lay_out(config, trial.arch, mesh, "xla", trial.pairs, 8, 10)
+    assert batches.layout.second_logits.above == 50 * tensor == head.most_at_once(spec.vocab_size // tensor)
+    flops_again = batches.layout.second_logits.cost * flops.position_flops(trial.arch)
+    assert flops_again == pytest.approx(2 * spec.vocab_size * spec.d_model)
 
 
 def test_a_window_is_exact_in_shared_rows(tmp_path):

@@ -12,7 +12,7 @@ forward, backward, clipping and AdamW, each step over pairs of its own and waite
 --pairs pairs to a step; those that lay pairs out as TRL does cut them into micro-batches of --micro.
 
 With --alive a system has one process for all its rounds, so that each compiles once. The device must hold what all of
-them keep while another one runs: 16 bytes a weight in PyTorch, the most that it has used in JAX.
+them keep while another one runs: 12 bytes a weight in PyTorch, the most that it has used in JAX.
 
 Parity: the first step of every system, which is not timed, is over the first --micro pairs alone. Such a step is one
 micro-batch to TRL, whose loss is the mean over micro-batches, so there all systems mean the same number. A row whose
@@ -121,6 +121,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error("--data needs --model to be a folder with a tokenizer")
     if args.device == "auto":
         args.device = "gpu" if gpu_name() else "cpu"
+    if args.alive and args.device == "cpu":
+        parser.error("--alive needs a GPU: the most memory that a process has held is not that of its timed steps")
     if args.dtype == "auto":
         args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     return args
@@ -162,7 +164,7 @@ def prepare(args: argparse.Namespace, folder: pathlib.Path, shape: str) -> Setti
     """Writes the model, if it is a named shape, and the pairs into the folder; returns the settings of the run."""
     folder.mkdir(parents=True, exist_ok=True)
     model = models.write_model(shape, folder / "model") if shape in models.SHAPES else pathlib.Path(shape)
-    same = {name: getattr(args, name) for name in ("device", "dtype", "pairs", "micro", "warmup", "steps")}
+    same = {name: getattr(args, name) for name in ("device", "dtype", "pairs", "micro", "warmup", "steps", "alive")}
     settings = Settings(str(model), str(folder / "pairs.npz"), rows=args.rows or "auto", **same)
     pairs_lib.save(make_pairs(args, model, settings.pairs_taken), folder / "pairs.npz")
     return settings
@@ -217,12 +219,12 @@ def serve(system: str, settings: Settings) -> None:
 class Process:
     """A system in a process of its own."""
 
-    def __init__(self, system: str, settings: Settings, folder: pathlib.Path, alive: bool = False):
+    def __init__(self, system: str, settings: Settings, folder: pathlib.Path):
         folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
         (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        memory = ("PREALLOCATE", "false") if alive else ("MEM_FRACTION", "0.95")
-        environment = {"OMP_WAIT_POLICY": "passive", f"XLA_PYTHON_CLIENT_{memory[0]}": memory[1], **os.environ,
+        environment = {"OMP_WAIT_POLICY": "passive", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+                       "XLA_PYTHON_CLIENT_PREALLOCATE": "false" if settings.alive else "true", **os.environ,
                        "PYTHONPATH": paths, "JAX_ENABLE_COMPILATION_CACHE": "false",
                        "JAX_PLATFORMS": "cpu" if settings.device == "cpu" else "cuda,cpu",
                        "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
@@ -249,8 +251,15 @@ class Process:
 
     def close(self) -> None:
         """Ends the process, which frees its memory."""
-        self.process.kill()
-        self.process.communicate()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()  # not read to its end: what compiles for the process may hold it open
 
 
 def run_apart(system: str, settings: Settings, folder: pathlib.Path) -> Result:
@@ -270,7 +279,7 @@ def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path
     arch = architecture(read_config(pathlib.Path(settings.model)), max(pair.longest for pair in pairs))
     rounds: dict[str, list[Result]] = {name: [] for name in names}
     peaks = []  # of a machine that others share it changes
-    processes, once = {name: Process(name, settings, folder, alive=True) for name in names if args.alive}, {}
+    processes, once = {name: Process(name, settings, folder) for name in names if args.alive}, {}
     try:
         for turn in range(args.rounds):
             for name in names:

@@ -26,6 +26,7 @@ from orpo_jax import step as step_lib
 from orpo_jax.attention import causal_attention
 from orpo_jax.families import Architecture, architecture, read_config
 from orpo_jax.model import remat_ladder, unrolls
+from orpo_jax.program import second_logits
 
 # How long a run the layout is made for: its row lengths are as many as pay for their compilation. Three epochs, the
 # default, of UltraFeedback's 61,000 pairs, 64 to a step, are about as long.
@@ -51,7 +52,7 @@ def own_step(system: System, settings: Settings, pairs: Sequence[Pair], arch: Ar
         raise ValueError(f"attention {system.attention!r} does not run here, and {attention!r} is not that system")
     layout = batching.make_layout(table, data_config, settings.pairs, settings.rows, 1, platform, attention=attention,
                                   position_flops=flops.position_flops(arch), num_steps=RUN_STEPS,
-                                  most_scored=head.most_at_once(arch.spec.vocab_size))
+                                  second_logits=second_logits(arch))
     orpo = config_lib.OrpoConfig(beta=settings.beta)
     batches, micro = (batching.Batches(table, layout, size, orpo, None) for size in (settings.pairs, settings.micro))
 

@@ -69,6 +69,7 @@ class Settings:
     warmup: int = 1
     steps: int = 3
     count_flops: bool = True
+    alive: bool = False  # one process for all rounds, beside those of other systems
     beta: float = 0.1
     learning_rate: float = 1e-6
 

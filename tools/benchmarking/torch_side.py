@@ -216,6 +216,7 @@ def make_steps(system: System, settings: Settings, pairs: Sequence[Pair], device
 
     def count() -> float:
         flops_of = width_flops(lambda pair: backward([pair], 1))
+        optimizer.zero_grad()
         parts = [part for i in range(settings.warmup, settings.warmup + settings.steps) for part in cut(members(i))]
         return sum(len(part) * flops_of(width(part)) for part in parts) / (settings.steps * settings.pairs)
 
@@ -260,6 +261,6 @@ def measure(system: System, settings: Settings) -> Iterator[Result]:
                 result["loss_from"] = steps.loss_from
             elif turn == 1 and settings.count_flops:
                 result["compiler_flops"] = steps.flops()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # others that are alive want it
+            if settings.alive and device.type == "cuda":
+                torch.cuda.empty_cache()
             yield result
