@@ -87,8 +87,11 @@ MOST_SHORTER = 2
 class SecondLogits(NamedTuple):
     """What rows cost whose logits are too many to be kept: they are computed again."""
 
-    above: int  # scored positions of such rows are more (head.most_at_once)
-    cost: float  # of each one, in positions
+    above: int = 0  # scored positions of such rows are more (head.most_at_once)
+    cost: float = 0.0  # of each one, in positions
+
+
+LOGITS_ONCE = SecondLogits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Layout:
     scored_length: int | None = None  # Room.scored of the longest row; None: every position is scored
     encoder_length: int | None = None  # tokens of the prompt beside each row; None: there is none
     micro_cost: int = 0  # Costs.micro_cost
-    second_logits: SecondLogits | None = None
+    second_logits: SecondLogits = LOGITS_ONCE
 
     @property
     def rows(self) -> int:
@@ -166,12 +169,15 @@ class Layout:
 
     def _cost(self, num_micro: Sequence[int]) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
-        again = 0.0
-        if self.second_logits is not None:
-            scored = [self.room(length).scored for length in self.row_lengths]
-            again = self.second_logits.cost * self.rows_per_device * sum(
-                n * size for n, size in zip(num_micro, scored, strict=True) if size > self.second_logits.above)
+        again = sum(n * cost for n, cost in zip(num_micro, self._again, strict=True))
         return self.slots(num_micro) / self.num_shards + sum(num_micro) * self.micro_cost + again
+
+    @functools.cached_property
+    def _again(self) -> list[float]:
+        """What a device computes twice in a micro-batch of each length, in positions."""
+        above, cost = self.second_logits
+        scored = [self.room(length).scored for length in self.row_lengths]
+        return [cost * self.rows_per_device * size if size > above else 0.0 for size in scored]
 
     def num_micro(self, plan: Sequence[Sequence[Any]]) -> list[int]:
         """Returns the micro-batches of each length; each gives every shard the same number of rows."""
@@ -211,7 +217,7 @@ FULL_ROW_LENGTH = 2048
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
                 platform: str, rows_per_step: int | None = None, attention: str = "xla",
                 nll_scope: str = "sequence", position_flops: float = 0.0, num_steps: float = 1.0,
-                second_logits: SecondLogits | None = None) -> Layout:
+                second_logits: SecondLogits = LOGITS_ONCE) -> Layout:
     """Returns the layout that fits the data; ValueError where a set row_length is too short for a pair.
 
     Of the row lengths and rows per device that are 'auto' it takes those that cost sample steps least: where a shard

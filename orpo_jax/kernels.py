@@ -270,8 +270,8 @@ def _interpreted_line(q_BENH: Array, k_BEKH: Array, v_BEKH: Array, lengths_BR: A
     """Returns what `_cudnn_line` does, by XLA."""
     places_E = jnp.arange(q_BENH.shape[1])
     starts_BR = starts_BQ[:, :-1]
+    # None where both are -1: such a sequence would end before it starts.
     inside_BER = (starts_BR[:, None] <= places_E[:, None]) & (places_E[:, None] < (starts_BR + lengths_BR)[:, None])
-    inside_BER &= lengths_BR[:, None] > 0
     mask_BEE = jnp.einsum("ber,bfr->bef", inside_BER, inside_BER)
     return jax.nn.dot_product_attention(
         q_BENH, k_BEKH, v_BEKH, mask=mask_BEE[:, None], is_causal=True,
@@ -282,8 +282,8 @@ def _cudnn_packed(rows: Rows, expanded_length: int, attend: Callable[..., Array]
     """Returns attention by cuDNN's causal kernel, a row's branches end to end, each a sequence of its own."""
     starts_BR, expansion = _in_line(rows, expanded_length)
     lengths_BR = branch_lengths(rows.bounds)
-    some = lambda x_BR: jnp.where(lengths_BR > 0, x_BR, -1)
-    starts_BQ = jnp.pad(some(starts_BR), ((0, 0), (0, 1)), constant_values=-1)
+    starts_BR, lengths_BR = (jnp.where(lengths_BR > 0, x_BR, -1) for x_BR in (starts_BR, lengths_BR))
+    starts_BQ = jnp.pad(starts_BR, ((0, 0), (0, 1)), constant_values=-1)
 
     def kernel(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, expansion: Expansion, lengths_BR: Array, starts_BQ: Array,
                *, window: int | None) -> Array:
@@ -291,7 +291,7 @@ def _cudnn_packed(rows: Rows, expanded_length: int, attend: Callable[..., Array]
         return collapse(attend(*in_line, lengths_BR, starts_BQ, window), expansion)
 
     def call(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, window: int | None, cache: Any) -> tuple[Array, Any]:
-        return _on_devices(partial(kernel, window=window), q_BTNH, k_BTKH, v_BTKH, expansion, some(lengths_BR),
+        return _on_devices(partial(kernel, window=window), q_BTNH, k_BTKH, v_BTKH, expansion, lengths_BR,
                            starts_BQ), cache
 
     return call

@@ -219,6 +219,8 @@ def serve(system: str, settings: Settings) -> None:
 class Process:
     """A system in a process of its own."""
 
+    once: Result | None = None  # what happened before its first round
+
     def __init__(self, system: str, settings: Settings, folder: pathlib.Path):
         folder = pathlib.Path(tempfile.mkdtemp(dir=folder))
         (folder / "settings.json").write_text(json.dumps(dataclasses.asdict(settings)))
@@ -234,8 +236,13 @@ class Process:
                 [sys.executable, __file__, "--one", system, "--settings", str(folder / "settings.json")],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
 
-    def ask(self) -> Result:
-        """Returns what happens once, then, each time, a round; {'error': why} where it failed."""
+    def round(self) -> Result:
+        """Returns a round of it, and what happened once before the first one; {'error': why} where it failed."""
+        if self.once is None:
+            self.once = self._ask()
+        return self.once if "error" in self.once else self.once | self._ask()
+
+    def _ask(self) -> Result:
         assert self.process.stdin is not None and self.process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write("\n")
@@ -266,8 +273,7 @@ def run_apart(system: str, settings: Settings, folder: pathlib.Path) -> Result:
     """Returns the result of one round of a system, in a process that ends with it."""
     process = Process(system, settings, folder)
     try:
-        once = process.ask()
-        return once if "error" in once else once | process.ask()
+        return process.round()
     finally:
         process.close()
 
@@ -279,21 +285,15 @@ def compare(args: argparse.Namespace, names: Sequence[str], folder: pathlib.Path
     arch = architecture(read_config(pathlib.Path(settings.model)), max(pair.longest for pair in pairs))
     rounds: dict[str, list[Result]] = {name: [] for name in names}
     peaks = []  # of a machine that others share it changes
-    processes, once = {name: Process(name, settings, folder) for name in names if args.alive}, {}
+    processes = {name: Process(name, settings, folder) for name in names if args.alive}
     try:
         for turn in range(args.rounds):
             for name in names:
-                if any("error" in result for result in rounds[name]):
-                    continue
-                print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-                peaks.append(peak_flops(settings))
-                if name not in processes:
+                if not any("error" in result for result in rounds[name]):
+                    print(f"round {turn + 1} of {args.rounds}: {name}", file=sys.stderr, flush=True)
+                    peaks.append(peak_flops(settings))
                     counting = dataclasses.replace(settings, count_flops=turn == 0)
-                    rounds[name].append(run_apart(name, counting, folder))
-                    continue
-                if turn == 0:
-                    once[name] = processes[name].ask()
-                rounds[name].append(once[name] if "error" in once[name] else once[name] | processes[name].ask())
+                    rounds[name].append(processes[name].round() if args.alive else run_apart(name, counting, folder))
     finally:
         for process in processes.values():
             process.close()
