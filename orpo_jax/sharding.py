@@ -20,7 +20,7 @@ BATCH_AXES = ("data", "fsdp", "expert")
 # What splits heads in attention and words in the head, from the outer to the inner axis.
 HEAD_AXES = ("tensor", "sequence")
 
-# Letter of a weight's axis (families.py) -> mesh axes. Axes not named here are whole on every device.
+# Letter of a weight's axis (tables.py) -> mesh axes. Axes not named here are whole on every device.
 RULES = {"d": ("fsdp", "sequence"), "n": ("tensor",), "k": ("tensor",), "f": ("tensor",), "e": ("tensor",),
          "v": ("tensor",), "x": ("expert",)}
 # Few key/value heads, and odd vocabularies, are whole where the mesh axis does not divide them.

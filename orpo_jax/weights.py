@@ -27,9 +27,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from orpo_jax import sharding
-from orpo_jax.families import Architecture, Weight, flatten, nest
+from orpo_jax.families import Architecture, flatten, nest
 from orpo_jax.metrics import Progress
 from orpo_jax.model import NORMS
+from orpo_jax.tables import Weight
 
 Params = dict[str, Any]
 
