@@ -359,7 +359,7 @@ ORDER = [
     "config", "packing", "loss", "sharding", "rope", "card", "adam8bit", "standin",
     "attention", "kernels", "experts", "embedding", "head", "model", "t5", "preference", "optim", "checkpoint",
     "metrics", "hosts",
-    "families", "flops", "generate", "pretrained", "data", "batching", "evaluate", "rundir",
+    "tables", "families", "flops", "generate", "pretrained", "data", "batching", "evaluate", "rundir",
     "weights", "step", "program", "api",
     "train", "convert", "compile",
 ]
