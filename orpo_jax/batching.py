@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -101,7 +102,7 @@ class Layout:
     row_lengths: tuple[int, ...]  # rising; a compiled loop for each
     rows_per_device: int
     num_shards: int
-    max_pairs: int  # slots of the longest row
+    max_pairs: int  # slots of a row, at most
     branch_length: int  # positions of the longest branch with its trunk
     expanded_length: int  # Room.expanded of the longest row
     max_rows: int  # rows that a step may need
@@ -111,6 +112,7 @@ class Layout:
     encoder_length: int | None = None  # tokens of the prompt beside each row; None: there is none
     micro_cost: int = 0  # Costs.micro_cost
     second_logits: SecondLogits = LOGITS_ONCE
+    pair_length: float = 1.0  # a row has a slot for each so many of its positions
 
     @property
     def rows(self) -> int:
@@ -124,10 +126,13 @@ class Layout:
         return (*(1 if self.packing else most for _ in self.row_lengths[1:]), most)
 
     def room(self, row_length: int) -> Room:
-        """Returns what a row of one of the lengths has: its share of what the longest row has."""
-        share = lambda whole, unit: -(-whole * row_length // (self.row_lengths[-1] * unit)) * unit
-        scored = row_length if self.scored_length is None else min(share(self.scored_length, CPU_ROW_UNIT), row_length)
-        return Room(row_length, share(self.max_pairs, 1), min(self.expanded_length, 2 * row_length), scored)
+        """Returns what a row of one of the lengths has."""
+        scored = row_length
+        if self.scored_length is not None:
+            share = math.ceil(self.scored_length * row_length / self.row_lengths[-1] / CPU_ROW_UNIT)
+            scored = min(share * CPU_ROW_UNIT, row_length)
+        pairs = min(math.ceil(row_length / self.pair_length), self.max_pairs)
+        return Room(row_length, pairs, min(self.expanded_length, 2 * row_length), scored)
 
     def plan(self, sizes: np.ndarray) -> list[list[list[int]]]:
         """Returns the rows of each length as lists of pairs: of what holds them all, the fewest positions.
@@ -136,8 +141,7 @@ class Layout:
         """
         for num_micro in self._proposals(sizes):
             counts = [n * self.rows for n in num_micro]
-            rooms = np.repeat(np.array([self.room(length) for length in self.row_lengths]), counts, axis=0)
-            rows = packing.pack(sizes, rooms)
+            rows = packing.pack(sizes, np.repeat(self._rooms, counts, axis=0))
             if rows is not None:
                 return [rows[sum(counts[:i]):sum(counts[:i + 1])] for i in range(len(counts))]
         raise AssertionError("a pair is longer than the longest row")
@@ -148,15 +152,16 @@ class Layout:
         Packed, a step is so many micro-batches of the longest rows, and at most one of each shorter length for what is
         left: every shard has the same rows, and without those a whole row of each would be lost to the rounding.
         """
-        rooms = np.array([self.room(length) for length in self.row_lengths])
         if not self.packing:  # each pair in the shortest row that has room for it
-            shortest = (sizes[:, None] <= rooms).all(axis=-1).argmax(axis=1)
-            yield [-(-count // self.rows) for count in np.bincount(shortest, minlength=len(rooms)).tolist()]
+            shortest = (sizes[:, None] <= self._rooms).all(axis=-1).argmax(axis=1)
+            yield [-(-count // self.rows) for count in np.bincount(shortest, minlength=len(self._rooms)).tolist()]
             return
-        need, longest = sizes.sum(axis=0), np.eye(len(rooms), dtype=int)[-1]
-        least, most = int((need // (self.rows * rooms[-1])).max()), -(-len(sizes) // self.rows)
-        few = self._few + least * longest
-        yield from few[(self.rows * (few @ rooms) >= need).all(axis=1)].tolist()
+        need, longest = sizes.sum(axis=0), np.eye(len(self._rooms), dtype=int)[-1]
+        full = self.rows * self._rooms[-1]
+        # Less one: a step that fills the longest rows to the last slot may do with other rows.
+        least, most = int(((need - 1) // full).max()), -(-len(sizes) // self.rows)
+        enough = (self._few_hold >= need - least * full).all(axis=1)
+        yield from (self._few[enough] + least * longest).tolist()
         yield from (full * longest for full in range(least + 2, max(least + 2, most) + 1))
 
     @functools.cached_property
@@ -166,6 +171,16 @@ class Layout:
         some = [counts for counts in itertools.product((0, 1), repeat=len(self.row_lengths))
                 if sum(counts[:-1]) <= MOST_SHORTER]
         return np.array(sorted(some, key=self._cost))
+
+    @functools.cached_property
+    def _rooms(self) -> np.ndarray:
+        """What a row of each length has, [lengths, 4]."""
+        return np.array([self.room(length) for length in self.row_lengths])
+
+    @functools.cached_property
+    def _few_hold(self) -> np.ndarray:
+        """What the rows of each of _few have together."""
+        return self.rows * (self._few @ self._rooms)
 
     def _cost(self, num_micro: Sequence[int]) -> float:
         """Returns what a step costs each device, in positions; see `cost`."""
@@ -207,11 +222,19 @@ class Layout:
             max(self.slots(self.num_micro(self.plan(step))), 1) for step in steps)
 
 
-# Pairs that layouts are tried on.
-SAMPLE_PAIRS = 2048
+# Layouts are tried on that many pairs, and steps, at least: a small set's are shuffled as often as they must.
+SAMPLE_PAIRS, SAMPLE_STEPS = 2048, 16
 # With train.rows_per_step: pairs that are packed together, and tokens of a row. 1,024 pairs fill 99 % of such rows.
 PACKING_BUFFER = 1024
 FULL_ROW_LENGTH = 2048
+
+
+def _sample_steps(sizes: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Returns the sizes of the pairs of some steps, of as many shuffled epochs as it takes."""
+    rng, pairs = np.random.default_rng(0), max(min(len(sizes), SAMPLE_PAIRS), SAMPLE_STEPS * batch_size)
+    epochs = (rng.permutation(sizes) for _ in range(-(-pairs // len(sizes))))
+    steps = (epoch[start:start + batch_size] for epoch in epochs for start in range(0, len(epoch), batch_size))
+    return list(itertools.islice(steps, -(-pairs // batch_size)))
 
 
 def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_device: int | str, num_shards: int,
@@ -237,7 +260,7 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         # Which pairs a step takes follows from it: the same on every machine.
         tops = {max(FULL_ROW_LENGTH, -(-longest // ROW_UNIT) * ROW_UNIT)}
     elif config.row_length == "auto":
-        tops = {round_up(longest * (1 + i / 8)) for i in range(9 if config.packing else 1)}
+        tops = {round_up(longest * (1 + i / 8)) for i in range(13 if config.packing else 1)}
     else:
         if longest > config.row_length:
             raise ValueError(f"data.row_length: must hold the longest pair ({longest} tokens), got "
@@ -245,52 +268,60 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         tops = {config.row_length}
     one_length = config.row_length != "auto" or rows_per_step is not None
 
-    def cut(top: int, parts: int) -> tuple[int, ...]:
-        """Returns row lengths. Packed rows come short at a step's end only, others always: those have a length for each
-        of equal shares of the pairs."""
-        shares = np.arange(1, parts) / parts
-        shorter = (top * shares if config.packing else np.quantile(lengths, shares)).tolist()
-        return tuple(sorted({*map(round_up, shorter), top}))
+    steps = _sample_steps(sizes, batch_size)
+    of_steps = np.array([step[:, 0].sum() for step in steps]) / num_shards
 
-    row_lengths = sorted({cut(top, parts) for top in tops for parts in (PARTS[:1] if one_length else PARTS)})
+    def cut(top: int, rows: int, parts: int) -> tuple[int, ...]:
+        """Returns row lengths: beside the longest one a length for each of equal shares of what needs a shorter row.
+
+        Packed, that is what a step leaves over when its longest rows are full: evenly spread where a shard has many
+        pairs of a step, and close together where it has few. Without packing it is each pair.
+        """
+        needs = of_steps / rows % top if config.packing else lengths
+        return tuple(sorted({*map(round_up, np.quantile(needs, np.arange(1, parts) / parts)), top}))
+
     step_rows = rows_per_step or batch_size
+    most_pairs = 1 if not config.packing else sys.maxsize if rows_per_step else batch_size
+    crowded = 1.5 if attention in ("cudnn_packed", "cudnn") else math.inf  # in these a slot costs something
+    pair_length = float(max(lengths.mean() / crowded, lengths.min(), 1))
 
     def candidates() -> Iterator[Layout]:
         branch_length = round_up(pairs.sequence_lengths().max() - 1 + pairs.tail)
-        for some in row_lengths:
-            top = some[-1]
-            max_pairs = top // max(int(lengths.min()), 1) if config.packing else 1
-            if rows_per_step is None:
-                max_pairs = min(max_pairs, batch_size)
+        for top in sorted(tops):
             # Kernels compute on as much as rows may hold. A little above what they do hold costs next to no fill.
             enough = lambda size, top=top: round_up(max(1.05 * top * size.mean() / lengths.mean(), size.max()))
-            if attention in ("cudnn_packed", "cudnn"):
-                max_pairs = min(max_pairs, math.ceil(1.5 * top / lengths.mean()))
+            max_pairs = min(math.ceil(top / pair_length), most_pairs)
             expanded_length = enough(expanded) if attention in ("cudnn_packed", "splash") else 2 * top
             scored_length = enough(scored) if nll_scope == "completion" else None
             most = costs.micro_tokens // (top + (encoder_length or 0))
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                yield Layout(some, rows, num_shards, max(max_pairs, 1), branch_length, expanded_length, step_rows,
-                             config.share_prompt, config.packing, scored_length, encoder_length, costs.micro_cost,
-                             second_logits)
+                # Shorter rows save a step one micro-batch at most: of many, that is less than what is let pass.
+                few = not one_length and rows * top > SLACK * of_steps.mean()
+                for some in sorted({cut(top, rows, parts) for parts in (PARTS if few else PARTS[:1])}):
+                    yield Layout(some, rows, num_shards, max_pairs, branch_length, expanded_length, step_rows,
+                                 config.share_prompt, config.packing, scored_length, encoder_length, costs.micro_cost,
+                                 second_logits, pair_length)
 
     layouts = list(candidates())
     if len(layouts) == 1 or rows_per_step is not None:
         return layouts[0]
-    sample = np.random.default_rng(0).permutation(sizes)[:max(SAMPLE_PAIRS, batch_size)]
-    steps = [sample[start:start + batch_size] for start in range(0, len(sample), batch_size)]
     # Of compiling a row length, in positions of these steps.
     length_cost = costs.compile_flops / position_flops * len(steps) / num_steps if position_flops else 0.0
     once_of = {layout: len(layout.row_lengths) * length_cost for layout in layouts}
-    least_of = {layout: layout.least_cost(steps) + once_of[layout] for layout in layouts}
+    least_of = {layout: [layout.least_cost([step]) for step in steps] for layout in layouts}
     cost_of: dict[Layout, float] = {}
     limit = math.inf
-    for layout in sorted(layouts, key=lambda layout: least_of[layout]):
-        if least_of[layout] > limit:
+    for layout in sorted(layouts, key=lambda layout: sum(least_of[layout]) + once_of[layout]):
+        cost = sum(least_of[layout]) + once_of[layout]
+        if cost > limit:
             break  # no layout from here on can be good
-        cost_of[layout] = layout.cost(steps) + once_of[layout]
-        limit = min(limit, cost_of[layout] * (1 + SLACK))
+        for step, least in zip(steps, least_of[layout], strict=True):
+            cost += layout.cost([step]) - least
+            if cost > limit:
+                break
+        cost_of[layout] = cost
+        limit = min(limit, cost * (1 + SLACK))
     good = [layout for layout, cost in cost_of.items() if cost <= limit]
     # Few lengths make a program that compiles fast, short rows take little memory.
     return min(good, key=lambda layout: (len(layout.row_lengths), layout.rows_per_device * layout.row_lengths[-1],

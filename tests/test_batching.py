@@ -208,17 +208,20 @@ class Lengths:
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
-@pytest.mark.parametrize(("shards", "batch_size"), [
-    (1, 64), (1, 128), (1, 512), (8, 64), (8, 128), (8, 512), (16, 64), (16, 128), (16, 512), (64, 512)])
-def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, shards, batch_size):
-    parts = standin.lengths("ultrafeedback", 24_000)
+@pytest.mark.parametrize(("name", "shards", "batch_size"), [
+    *[("ultrafeedback", *sizes) for sizes in [
+        (1, 4), (1, 64), (1, 128), (1, 512), (8, 64), (8, 128), (8, 512), (16, 64), (16, 128), (16, 512), (64, 256),
+        (64, 512)]],
+    ("hh", 1, 4), ("hh", 64, 256)])
+def test_rows_are_well_filled_where_a_shard_has_four_pairs(platform, name, shards, batch_size):
+    parts = standin.lengths(name, 24_000)
     layout = make_layout(Lengths(parts[:12_000]), DataConfig(train="rows"), batch_size, "auto", shards, platform,
                          attention="cudnn_packed" if platform == "gpu" else "xla")
     unseen = Lengths(parts[12_000:]).sizes(True)
     steps = [unseen[start:start + batch_size] for start in range(0, len(unseen) - batch_size, batch_size)][:24]
     # Pairs longer than any that were seen can't come: the layout is made for the whole data set.
     fill = layout.fill([step[step[:, 0] <= layout.row_lengths[-1]] for step in steps])
-    print(f"{platform}, {shards} shards, {batch_size} pairs: {fill:.3f}, {layout.rows_per_device} rows of "
+    print(f"{name}, {platform}, {shards} shards, {batch_size} pairs: {fill:.3f}, {layout.rows_per_device} rows of "
           f"{layout.row_lengths}")
     assert fill >= 0.85
 
@@ -235,7 +238,7 @@ def test_rows_whose_logits_are_computed_twice_cost_more():
     assert make(above, cost=1e-4).row_lengths == layout.row_lengths  # fewer empty positions are worth more
     assert make(1).row_lengths == layout.row_lengths  # every row would
     scored = make(above, scope="completion")  # prompts have no logits
-    assert scored.scored_length <= above < scored.row_lengths[-1]
+    assert scored.row_lengths == make(10**6, scope="completion").row_lengths and scored.scored_length <= above
     twice = dataclasses.replace(layout, second_logits=batching.SecondLogits(1, 0.1))
     steps = [pairs.sizes(True)[:64]]
     positions = layout.cost(steps) - layout.micro_cost * sum(layout.num_micro(layout.plan(steps[0])))
@@ -280,7 +283,25 @@ def test_a_run_has_as_many_row_lengths_as_its_steps_pay_for(platform, shards, ba
     for count, layout in zip(counts, layouts, strict=True):
         assert seconds(layout, count) <= (1 + batching.SLACK) * min(seconds(other, count) for other in layouts)
     lengths = [len(layout.row_lengths) for layout in layouts]
-    assert lengths == sorted(lengths) and lengths[0] <= 2 < lengths[-1]
+    assert lengths == sorted(lengths) and lengths[0] <= 2 and lengths[0] < lengths[-1]
+
+
+def test_the_longest_row_is_taken_only_where_a_shorter_one_does_not_do():
+    layout = make_layout(Lengths(standin.lengths("hh", 600)), DataConfig(train="rows"), 4, "auto", 1, "cpu")
+    shorter = layout.room(layout.row_lengths[0])
+    few = np.array([[shorter.positions // 4, 1, shorter.positions // 3, 1]] * 4)  # every slot of a row is taken
+    assert layout.num_micro(layout.plan(few)) == [1] + [0] * (len(layout.row_lengths) - 1)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(3, 4), (10, 4), (100, 64), (5000, 4)])
+def test_layouts_are_tried_on_steps_as_a_run_has_them(count, batch_size):
+    steps = batching._sample_steps(np.arange(count)[:, None], batch_size)
+    per_epoch = -(-count // batch_size)
+    assert len(steps) >= batching.SAMPLE_STEPS and all(0 < len(step) <= batch_size for step in steps)
+    epochs = [np.concatenate(steps[start:start + per_epoch]).ravel().tolist()
+              for start in range(0, len(steps) - per_epoch + 1, per_epoch)]
+    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+    assert not epochs or any(epoch != sorted(epoch) for epoch in epochs)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -97,7 +97,7 @@ def test_what_was_measured_on_a_gpu_is_what_runs_there(trial):
     pairs = data.from_pairs(standin.make_pairs(standin.lengths("ultrafeedback", 256), 400))
     layout = batching.make_layout(pairs, config_lib.DataConfig(train="rows"), 64, "auto", 1, "gpu",
                                   attention="cudnn_packed")
-    assert layout.rows_per_device * layout.row_lengths[-1] == 3 * 2304
+    assert layout.rows_per_device * layout.row_lengths[-1] == 4 * 1920
     for unroll in (False, True):
         model = step_lib.make_model(trial.arch, layout, jnp.dtype("float32"), 0.1, unroll=unroll)
         jaxpr = str(jax.make_jaxpr(lambda params, rows, model=model: model.hidden(params, rows)[0])(
