@@ -157,10 +157,10 @@ class Layout:
             yield [-(-count // self.rows) for count in np.bincount(shortest, minlength=len(self._rooms)).tolist()]
             return
         need, longest = sizes.sum(axis=0), np.eye(len(self._rooms), dtype=int)[-1]
-        full = self.rows * self._rooms[-1]
+        held = self.rows * self._rooms[-1]
         # Less one: a step that fills the longest rows to the last slot may do with other rows.
-        least, most = int(((need - 1) // full).max()), -(-len(sizes) // self.rows)
-        enough = (self._few_hold >= need - least * full).all(axis=1)
+        least, most = int(((need - 1) // held).max()), -(-len(sizes) // self.rows)
+        enough = (self._few_hold >= need - least * held).all(axis=1)
         yield from (self._few[enough] + least * longest).tolist()
         yield from (full * longest for full in range(least + 2, max(least + 2, most) + 1))
 
@@ -296,9 +296,9 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
             most = costs.micro_tokens // (top + (encoder_length or 0))
             most = max(1, min(most, -(-step_rows // num_shards)))
             for rows in range(most, 0, -1) if isinstance(rows_per_device, str) else (rows_per_device,):
-                # Shorter rows save a step one micro-batch at most: of many, that is less than what is let pass.
-                few = not one_length and rows * top > SLACK * of_steps.mean()
-                for some in sorted({cut(top, rows, parts) for parts in (PARTS if few else PARTS[:1])}):
+                # Packed, shorter rows save a step one micro-batch at most: of many, that is less than what is let pass.
+                pays = not config.packing or rows * top > SLACK * of_steps.mean()
+                for some in sorted({cut(top, rows, parts) for parts in (PARTS if pays and not one_length else (1,))}):
                     yield Layout(some, rows, num_shards, max_pairs, branch_length, expanded_length, step_rows,
                                  config.share_prompt, config.packing, scored_length, encoder_length, costs.micro_cost,
                                  second_logits, pair_length)
@@ -308,6 +308,12 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
         return layouts[0]
     # Of compiling a row length, in positions of these steps.
     length_cost = costs.compile_flops / position_flops * len(steps) / num_steps if position_flops else 0.0
+    return _cheapest(layouts, steps, length_cost)
+
+
+def _cheapest(layouts: Sequence[Layout], steps: Sequence[np.ndarray], length_cost: float) -> Layout:
+    """Returns the simplest of the layouts that cost such steps, and the compilation of their lengths, within SLACK of
+    the least."""
     once_of = {layout: len(layout.row_lengths) * length_cost for layout in layouts}
     least_of = {layout: [layout.least_cost([step]) for step in steps] for layout in layouts}
     cost_of: dict[Layout, float] = {}
