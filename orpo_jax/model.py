@@ -119,17 +119,47 @@ class Spec:
                 "p": self.max_positions + self.position_offset}
 
 
-def _rms(x32: Array, axes: tuple[int, ...], eps: float) -> Array:
-    return x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+# Whether the mean is taken off x before its size is made one, and what is added to the scale: Gemma's files hold its
+# distance from one.
+NORMS = {"rms": (False, 0.0), "unit_rms": (False, 1.0), "layer": (True, 0.0)}
 
 
-def _layer(x32: Array, axes: tuple[int, ...], eps: float) -> Array:
-    x32 -= jnp.mean(x32, axis=axes, keepdims=True)
-    return _rms(x32, axes, eps)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def normed(centred: bool, eps: float, x: Array, scale: Array) -> Any:
+    """Returns the norm of x over as many of its last axes as the scale has, times the scale, float32.
+
+    Its gradients' sums over products are dot products. JAX's own are a product and a sum: for 896 positions of 576
+    numbers that is 2.3 ms on two CPU cores with JAX 0.10, and 0.09 ms as a dot product (with JAX 0.12 both are fast).
+    GPUs and TPUs make a product and a sum of it.
+    """
+    return _unit(centred, eps, x, scale)[0] * scale
 
 
-# What makes x's size one, and what is added to the scale: Gemma's files hold its distance from one.
-NORMS = {"rms": (_rms, 0.0), "unit_rms": (_rms, 1.0), "layer": (_layer, 0.0)}
+def _unit(centred: bool, eps: float, x: Array, scale: Array) -> tuple[Array, Array]:
+    """Returns x at size one, and what it was multiplied by."""
+    mean = partial(jnp.mean, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+    x = x.astype(jnp.float32)
+    x = x - mean(x) if centred else x
+    factor = jax.lax.rsqrt(mean(x * x) + eps)
+    return x * factor, factor
+
+
+def _normed_backward(centred: bool, eps: float, residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, scale = residuals
+    unit, factor = _unit(centred, eps, x, scale)
+    outer, inner = tuple(range(x.ndim - scale.ndim)), tuple(range(x.ndim - scale.ndim, x.ndim))
+
+    def dot(y: Any, over: tuple[int, ...], beside: tuple[int, ...]) -> Array:
+        return jax.lax.dot_general(y, unit, ((over, over), (beside, beside)), precision=jax.lax.Precision.HIGHEST)
+
+    dunit = dy * scale
+    dx: Array = dunit - unit * jnp.expand_dims(dot(dunit, inner, outer) / scale.size, inner)
+    if centred:
+        dx -= jnp.mean(dunit, axis=inner, keepdims=True)
+    return (dx * factor).astype(x.dtype), dot(dy, outer, inner)
+
+
+normed.defvjp(lambda centred, eps, x, scale: (normed(centred, eps, x, scale), (x, scale)), _normed_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -177,8 +207,8 @@ class Norm(nnx.Module):
         if self.scale is None:
             return x
         scale = self.scale[...].astype(jnp.float32)
-        normed, offset = NORMS[self.kind]
-        y = normed(x.astype(jnp.float32), tuple(range(-scale.ndim, 0)), self.eps) * (scale + offset)
+        centred, offset = NORMS[self.kind]
+        y: Array = normed(centred, self.eps, x, scale + offset)
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
