@@ -297,13 +297,15 @@ FIELDS = dict(_walk(Config))
 
 
 def did_you_mean(name: str) -> str:
-    """Returns '; did you mean KEY?' for a mistyped dotted key, or its last part, or an empty string."""
+    """Returns '; did you mean KEY?' for a mistyped dotted key, or its last part, which several keys may end in."""
     if name in _sections():
         return f"; {name} is a section: name a key of it, such as {next(k for k in FIELDS if k.startswith(name))}"
-    leaves = {key.rsplit(".", 1)[-1]: key for key in reversed(FIELDS)}
-    close = difflib.get_close_matches(name, [*FIELDS, *_sections()], n=1) or [
-        leaves[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, n=1)]
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(_sections())}"
+    typed = [*FIELDS, *_sections()] if "." in name else _sections()
+    for keys, part in ((typed, lambda key: key), (FIELDS, lambda key: key.rsplit(".", 1)[-1])):
+        close = difflib.get_close_matches(part(name), map(part, keys), n=1)
+        if close:
+            return f"; did you mean {' or '.join(key for key in keys if part(key) in close)}?"
+    return f"; the sections are {', '.join(_sections())}"
 
 
 def _sections() -> list[str]:
