@@ -3,6 +3,7 @@
 Shapes: M micro-batches, B rows of one micro-batch over all devices, T tokens of a row, S pair slots of a row.
 """
 
+import bisect
 import collections
 import concurrent.futures
 import dataclasses
@@ -77,8 +78,8 @@ COSTS = {
 # UltraFeedback's lengths a step, each at its fastest of three rounds) it makes three lengths: 154.7 pairs a second. At
 # 0.05 there are two, and 147.0.
 SLACK = 0.02
-# Into how many parts the longest row, or without packing the pairs, may be cut for shorter lengths: as many as pay for
-# their compilation in the steps of the run.
+# Into how many parts what needs shorter rows may be cut, with a length for each: as many as pay for their compilation
+# in the steps of the run.
 PARTS = (1, 2, 3, 4, 6, 8, 12)
 # Shorter rows that are for what a step's longest rows leave over. Three change nothing (HH's and UltraFeedback's
 # lengths, 4 to 512 pairs a step, 1 to 64 shards: the same layouts).
@@ -159,7 +160,7 @@ class Layout:
         need, longest = sizes.sum(axis=0), np.eye(len(self._rooms), dtype=int)[-1]
         held = self.rows * self._rooms[-1]
         # Less one: a step that fills the longest rows to the last slot may do with other rows.
-        least, most = int(((need - 1) // held).max()), -(-len(sizes) // self.rows)
+        least, most = max(int(((need - 1) // held).max()), 0), -(-len(sizes) // self.rows)
         enough = (self._few_hold >= need - least * held).all(axis=1)
         yield from (self._few[enough] + least * longest).tolist()
         yield from (full * longest for full in range(least + 2, max(least + 2, most) + 1))
@@ -222,7 +223,7 @@ class Layout:
             max(self.slots(self.num_micro(self.plan(step))), 1) for step in steps)
 
 
-# Layouts are tried on that many pairs, and steps, at least: a small set's are shuffled as often as they must.
+# Layouts are tried on a set's pairs, at most so many of them, or on more where that makes fewer steps than these.
 SAMPLE_PAIRS, SAMPLE_STEPS = 2048, 16
 # With train.rows_per_step: pairs that are packed together, and tokens of a row. 1,024 pairs fill 99 % of such rows.
 PACKING_BUFFER = 1024
@@ -271,13 +272,24 @@ def make_layout(pairs: Pairs, config: DataConfig, batch_size: int, rows_per_devi
     steps = _sample_steps(sizes, batch_size)
     of_steps = np.array([step[:, 0].sum() for step in steps]) / num_shards
 
+    @functools.cache
+    def shortest(rows: int) -> np.ndarray:
+        """Returns for each step the rows that hold it in one micro-batch, or longer ones than there may be."""
+        def of_step(step: np.ndarray) -> int:
+            holds = lambda length: packing.pack(step[:, :1], np.full((rows * num_shards, 1), length)) is not None
+            choices = range(round_up(step[:, 0].max()), max(tops) + 1, unit)
+            at = bisect.bisect_left(choices, True, key=holds)
+            return choices[at] if at < len(choices) else max(tops) + 1
+
+        return np.array([of_step(step) for step in steps])
+
     def cut(top: int, rows: int, parts: int) -> tuple[int, ...]:
         """Returns row lengths: beside the longest one a length for each of equal shares of what needs a shorter row.
 
-        Packed, that is what a step leaves over when its longest rows are full: evenly spread where a shard has many
-        pairs of a step, and close together where it has few. Without packing it is each pair.
+        Packed, that is a step in one micro-batch, or what it leaves over when its longest rows are full: close together
+        where a shard has few pairs of a step, and evenly spread where it has many. Without packing it is each pair.
         """
-        needs = of_steps / rows % top if config.packing else lengths
+        needs = np.where(shortest(rows) <= top, shortest(rows), of_steps / rows % top) if config.packing else lengths
         return tuple(sorted({*map(round_up, np.quantile(needs, np.arange(1, parts) / parts)), top}))
 
     step_rows = rows_per_step or batch_size

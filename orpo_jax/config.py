@@ -297,14 +297,16 @@ FIELDS = dict(_walk(Config))
 
 
 def did_you_mean(name: str) -> str:
-    """Returns '; did you mean KEY?' for a mistyped dotted key, or its last part, which several keys may end in."""
+    """Returns '; did you mean KEY?' for a mistyped key, section, or last part of keys; else what sections there are."""
     if name in _sections():
         return f"; {name} is a section: name a key of it, such as {next(k for k in FIELDS if k.startswith(name))}"
-    typed = [*FIELDS, *_sections()] if "." in name else _sections()
-    for keys, part in ((typed, lambda key: key), (FIELDS, lambda key: key.rsplit(".", 1)[-1])):
-        close = difflib.get_close_matches(part(name), map(part, keys), n=1)
-        if close:
-            return f"; did you mean {' or '.join(key for key in keys if part(key) in close)}?"
+    last = lambda key: key.rsplit(".", 1)[-1]
+    whole = [*_sections(), *FIELDS]
+    tries = [(whole, name), (map(last, FIELDS), last(name))] if "." in name else [([*whole, *map(last, FIELDS)], name)]
+    for keys, typed in tries:
+        for close in difflib.get_close_matches(typed, keys, n=1):
+            meant = [close] if close in whole else [key for key in FIELDS if last(key) == close]
+            return f"; did you mean {' or '.join(meant)}?"
     return f"; the sections are {', '.join(_sections())}"
 
 

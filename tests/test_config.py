@@ -261,6 +261,7 @@ def test_values_at_the_edge_of_their_rule_are_fine(values):
     ("optim.learning_rat", "optim.learning_rate"), ("lr_scheduler_type", "optim.lr_scheduler_type"),
     ("opt.learning_rate", "optim.learning_rate"), ("beta", "orpo.beta"), ("training.batch_size", "train.batch_size"),
     ("seeed", "seed"), ("data.max_lenght", "data.max_length"), ("batchsize", "train.batch_size or eval.batch_size"),
+    ("train_name", "data.train_name"), ("orpo_beta", "orpo.beta"), ("train_batch_size", "train.batch_size"),
 ])
 def test_a_mistyped_key_gets_a_suggestion(file, key, meant):
     with pytest.raises(ValueError, match=rf"^--config\.{key}: no such key; did you mean {meant}\?"):
