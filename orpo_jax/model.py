@@ -233,7 +233,7 @@ class Attention(nnx.Module):
             q_BTNH *= jnp.asarray(self.q_scale, q_BTNH.dtype)
         q_BTNH, k_BTKH, v_BTKH = checkpoint_name((q_BTNH, k_BTKH, self.v(x_BTD)), "qkv")
         out_BTNH, cache = attend(q_BTNH, k_BTKH, v_BTKH, window, cache)
-        return self.o(checkpoint_name(out_BTNH, "attn_out")), cache
+        return self.o(out_BTNH), cache
 
 
 class Mlp(nnx.Module):
