@@ -128,6 +128,13 @@ def test_a_pass_over_a_row_takes_three_matmuls_a_frozen_head_two_and_an_evaluati
     assert matmuls(lambda *args: fused(head.Settings(BETA), *args, rows)[0], *args) == 1
 
 
+def test_on_cpus_exps_are_made_once():
+    rows, args = make_rows(), arrays()
+    text = jax.jit(jax.grad(lambda *args: fused(head.Settings(BETA), *args, rows)[0], (0, 1, 2))).lower(
+        *args).compile().as_text()
+    assert re.findall(r"(\S+\[[^]]*\])\S* exponential\(", text).count(f"f32[{T},{V}]") == 1
+
+
 def test_a_frozen_head_changes_no_other_gradient():
     rows, args = make_rows(), arrays()
     both_wanted = both(fused, head.Settings(BETA), args, rows)

@@ -4,7 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from flax import nnx
 
+from orpo_jax import kernels, packing, weights
+from orpo_jax.families import architecture
 from orpo_jax.model import normed
 
 
@@ -38,3 +42,21 @@ def test_a_norms_sums_of_products_are_dot_products(centred, means):
     back = jax.vjp(lambda x, scale: normed(centred, 1e-5, x, scale), x, scale)[1]
     text = str(jax.make_jaxpr(back)(x))
     assert (text.count("dot_general["), text.count("reduce_sum[")) == (2, means)
+
+
+@pytest.mark.parametrize("backend", ["xla", "splash"])
+@pytest.mark.parametrize("remat", ["minimal", "attention"])
+def test_of_attention_its_output_is_kept_once(remat, backend):
+    """Beside it, by 'minimal', the queries, which are as many numbers."""
+    T, layers, heads, size = 128, 3, 4, 64
+    arch = architecture(tiny.config_of(num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2,
+                                       head_dim=size, hidden_size=48, intermediate_size=80), T)
+    graph, rows = weights.make_graph(arch), packing.empty_rows(1, T, 2)
+
+    def residuals(params):
+        attend = kernels.row_attention_of(backend, rows, expanded_length=T, interpret=backend != "xla")
+        run = lambda params: nnx.merge(graph, params)(rows.ids, rows.positions, attend, remat=remat)[0]
+        return jax.vjp(run, params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(residuals, weights.abstract_params(arch)))
+    assert [x.size for x in kept].count(layers * T * heads * size) == {"minimal": 2, "attention": 1}[remat]
