@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import PartitionSpec as P
 
@@ -463,7 +464,8 @@ def _on_devices(kernel: Callable, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *
         if mesh.shape["sequence"] == 1:
             return kernel(q_BTNH, k_BTKH, v_BTKH, *of_rows)
         whole_rows = (trade(x, split_axis=2, concat_axis=1) for x in (q_BTNH, k_BTKH, v_BTKH))
-        return trade(kernel(*whole_rows, *of_rows), split_axis=1, concat_axis=2)
+        # Kept beside the kernel's residuals, or the backward pass of each layer would trade it again.
+        return checkpoint_name(trade(kernel(*whole_rows, *of_rows), split_axis=1, concat_axis=2), "attn_out")
 
     by_token = P(BATCH_AXES, "sequence", "tensor" if by_head else None)
     in_specs = (by_token, by_token, by_token, *jax.tree.map(lambda x: P(BATCH_AXES) if jnp.ndim(x) else P(), of_rows))

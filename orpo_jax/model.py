@@ -31,8 +31,8 @@ ACTIVATIONS = {
 }
 
 
-# What of each layer is kept for the backward pass, from the fastest to the smallest; the rest is computed again. The
-# residuals of an attention kernel go with its output: without them it would run again all the same.
+# What of each layer is kept for the backward pass, from the fastest to the smallest; the rest is computed again.
+# Attention keeps its own output, by name or as a kernel's residual: with a second name here it would be kept twice.
 _ATTENTION = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names("attn_out"), kernels.saves_residuals)
 REMAT = {
@@ -336,9 +336,9 @@ class Decoder(nnx.Module):
         token_weights_BT: of each token in those; None, or a model without experts, makes none. remat: a key of REMAT.
         unroll: whether layers are laid out one by one, which compiles longer.
 
-        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py); window is an int
-        where all layers have the same one, which kernels want, and an array where they differ. cache: a pytree with a
-        leading axis L, or None.
+        attend(q, k, v, window, cache) -> (out, cache) is the attention of all layers (attention.py), and says what of
+        it REMAT keeps; window is an int where all layers have the same one, which kernels want, and an array where they
+        differ. cache: a pytree with a leading axis L, or None.
         """
         spec = self.spec
         assert self.embed is not None

@@ -202,29 +202,37 @@ def test_a_row_of_other_work_is_void(wrong):
     assert len({len(line) for line in lines}) == 1
 
 
-def test_readme_changes_between_its_marks_only(tmp_path):
+def test_results_are_written_between_marks_only(tmp_path):
     row = report.figures([RUN | {"seconds": [1.0, 1.0]}], WORK) | {"void": False}
+    ours = row | {"pairs_per_second": 3 * row["pairs_per_second"], "peak_gib": row["peak_gib"] / 4}
     run = {"machine": {"name": "A CPU, 2 cores", "jax": "1.2"}, "kind": "compare", "what": "Some pairs.",
-           "systems": {"torch TRL": row}}
+           "systems": {"torch TRL": row, "torch Liger": row | {"void": True}, report.OURS: ours}}
     assert report.save(tmp_path, "cpu-small", run).name == "a-cpu-2-cores.json"
-    report.save(tmp_path, "cpu-large", run)
+    report.save(tmp_path, "cpu-large", run | {"systems": {"torch TRL": row, report.OURS: {"error": "out of memory"}}})
     assert list(json.loads((tmp_path / "a-cpu-2-cores.json").read_text())) == ["cpu-small", "cpu-large"]
-    readme, start, end = tmp_path / "README.md", *report.MARKS
-    readme.write_text(f"before\n{start}\nold\n{end}\nafter\n")
+    (readme, details), (start, end) = (tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"), report.MARKS
+    details.parent.mkdir()
+    for file in (readme, details):
+        file.write_text(f"before\n{start}\nold\n{end}\nafter\n")
     for _ in range(2):  # a second time changes nothing
-        benchmark.main(["--readme", str(readme), "--results", str(tmp_path)])
-        text = readme.read_text()
+        benchmark.main(["--readme", str(tmp_path), "--results", str(tmp_path)])
+        text = details.read_text()
         assert text.startswith(f"before\n{start}\n**cpu-small**") and text.endswith(f"{end}\nafter\n")
-        assert "old" not in text and text.count("| torch TRL | 10.00") == 2
+        assert "\nold\n" not in text and text.count("| torch TRL ") == 2 == text.count("| out of memory ") * 2
+        # A void peer and a run without us are left out.
+        assert readme.read_text().split("\n") == [
+            "before", start, "| run | machine | pairs/s | torch TRL |", "| --- | --- | --- | --- |",
+            "| cpu-small | A CPU, 2 cores | 30.00 | 3.0 x in 0.25 |", end, "after", ""]
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="must hold each of these lines once"):
-        benchmark.main(["--readme", str(readme), "--results", str(tmp_path)])
+        benchmark.main(["--readme", str(tmp_path), "--results", str(tmp_path)])
 
 
-def test_the_readme_is_what_the_results_say():
-    text = (benchmark.ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("file", "written"), [("README.md", report.summary), ("docs/benchmarks.md", report.markdown)])
+def test_what_is_written_is_what_the_results_say(file, written):
+    text = (benchmark.ROOT / file).read_text(encoding="utf-8")
     block = text.split(report.MARKS[0])[1].split(report.MARKS[1])[0]
-    assert block.strip() == report.markdown(benchmark.ROOT / "tools" / "results")
+    assert block.strip() == written(benchmark.ROOT / "tools" / "results")
 
 
 def test_arguments_given_go_before_a_presets():

@@ -125,7 +125,7 @@ def test_two_depths_tell_of_all_in_trls_layout(arch):
 
 
 def test_the_head_of_one_row_is_counted_whole():
-    T, V, D = 128, 512, 64
+    T, V, D = 1024, 2048, 256  # such that passes over logits and weights are little beside products
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, T, D), (V, D))]
 
     def fused(hidden_BTD, weight_VD, rows, counts):

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orpo_jax import kernels, packing, sharding
+from orpo_jax.model import REMAT
 
 # Pairs as (trunk, chosen branch, rejected branch) of rows of 64 tokens with 5 slots.
 ROW_LENGTH, SLOTS, BRANCH_LENGTH, EXPANDED_LENGTH = 64, 5, 52, 120
@@ -346,7 +347,8 @@ def test_no_kernel_runs_forward_twice(backend, meshed, forward, backward, cudnn_
         attend = kernels.row_attention_of(backend, rows, **case.options)
 
         def layer(x, _):
-            return x + attend(jnp.sin(x), x, x, None, None)[0], None
+            # The second sine: what follows attention asks for its output, as a weight's gradient does.
+            return x + jnp.sin(attend(jnp.sin(x), x, x, None, None)[0]), None
 
         step = jax.checkpoint(layer, prevent_cse=False, policy=policy)
         return jnp.sum(jax.lax.scan(step, q, None, length=2)[0].astype(jnp.float32))
@@ -358,6 +360,19 @@ def test_no_kernel_runs_forward_twice(backend, meshed, forward, backward, cudnn_
     with jax.set_mesh(mesh):
         assert count(kernels.saves_residuals) == 1 + backward
         assert count(jax.checkpoint_policies.nothing_saveable) == 2 + backward
+
+
+def test_what_devices_trade_back_is_traded_once():
+    """Of 11 exchanges, 4 are the forward pass's, 4 their gradients', and 3 give the kernel q, k and v again."""
+    case = Case()
+    rows = jax.tree.map(jnp.asarray, case.rows)
+
+    def loss(q):
+        layer = lambda x: jnp.sin(kernels.row_attention_of("splash", rows, **case.options)(x, x, x, None, None)[0])
+        return jnp.sum(jax.checkpoint(layer, policy=REMAT["attention"])(q))
+
+    with jax.set_mesh(sharding.make_mesh(dict(data=4, sequence=2))):
+        assert calls(jax.make_jaxpr(jax.grad(loss))(case.qkv[0]).jaxpr, {"all_to_all"}) == 11
 
 
 # The choice

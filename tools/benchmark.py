@@ -1,10 +1,10 @@
 """Measure this trainer beside TRL and Liger in PyTorch: one command, one table.
 
-    python tools/benchmark.py --preset cpu-small         # the runs that the README quotes: also gpu-0.5b, gpu-1b, ...
+    python tools/benchmark.py --preset cpu-small         # the runs that are kept: also gpu-0.5b, gpu-1b, ...
     python tools/benchmark.py --preset smollm2-32 --model DIR --data ROWS.jsonl
     python tools/benchmark.py --model qwen2-0.5b --lengths hh --steps 5
     python tools/benchmark.py --model DIR --data ROWS.jsonl --max-length 512
-    python tools/benchmark.py --readme                   # writes the results that are kept into README.md
+    python tools/benchmark.py --readme                   # writes what is kept into README.md and docs/benchmarks.md
 
 Every run of a system is a process of its own, in turns (A B A B ...), over the same weights and the same token pairs:
 random ids with the lengths of a real set, or real rows. Timed is a whole optimiser step, pairs to padded batches,
@@ -84,7 +84,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|RESOURCE_EXHAUSTED|OutOfMemory|Memory
 def parse(argv: list[str]) -> argparse.Namespace:
     """Returns the arguments, a preset's beneath those given; exits with a line of help where they make no run."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, help="arguments of a run that the README quotes")
+    parser.add_argument("--preset", choices=PRESETS, help="arguments of a run that docs/benchmarks.md quotes")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--systems", default="", help="names, separated by ';', or 'all'; default: the device's")
     parser.add_argument("--model", default="small", help=f"a folder, or random weights: {', '.join(models.SHAPES)}")
@@ -104,8 +104,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--check-attention", action="store_true", help="check the attention kernels, then stop")
     parser.add_argument("--title", default="", help="keep the run in --results under this name; a preset has its own")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "tools" / "results")
-    parser.add_argument("--readme", nargs="?", type=pathlib.Path, const=ROOT / "README.md",
-                        help="write the kept results into the README, then stop")
+    parser.add_argument("--readme", nargs="?", type=pathlib.Path, const=ROOT, metavar="FOLDER",
+                        help="write the kept results into its README.md and docs/benchmarks.md, then stop")
     parser.add_argument("--one", choices=SYSTEMS, help=argparse.SUPPRESS)  # what each of our own processes runs
     parser.add_argument("--settings", type=pathlib.Path, help=argparse.SUPPRESS)
     preset = parser.parse_args(argv).preset
@@ -349,7 +349,7 @@ def find_largest(args: argparse.Namespace, names: Sequence[str], folder: pathlib
 
 
 def describe(args: argparse.Namespace, reference: str | None) -> str:
-    """Returns in a sentence what a run was, for the README."""
+    """Returns in a sentence what a run was."""
     where = f"rows of {pathlib.Path(args.data).name}, at most {args.max_length} tokens" if args.data else (
         f"{args.lengths} lengths" + (f" times {args.scale:g}" if args.scale != 1 else ""))
     text = f"{pathlib.Path(args.model).name}, {args.dtype}, {where}, {args.pairs} pairs a step"
@@ -391,7 +391,8 @@ def main(argv: list[str]) -> None:
         serve(args.one, Settings(**json.loads(args.settings.read_text())))
         return
     if args.readme:
-        report.rewrite(args.readme, report.markdown(args.results))
+        report.rewrite(args.readme / "README.md", report.summary(args.results))
+        report.rewrite(args.readme / "docs" / "benchmarks.md", report.markdown(args.results))
         return
     if args.check_attention:
         from benchmarking import attention_check

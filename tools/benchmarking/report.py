@@ -1,4 +1,4 @@
-"""Results of runs to figures, a table, a file per machine, and the README's block."""
+"""Results of runs to figures, tables, a file per machine, and the blocks of README.md and docs/benchmarks.md."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarking.systems import REFERENCES, Result
+from benchmarking.systems import REFERENCES, SYSTEMS, Result
 
 MARKS = ("<!-- benchmark: written by `python tools/benchmark.py --readme` -->", "<!-- end of benchmark -->")
 NOT_MEASURED = "Not measured yet: `python tools/benchmark.py --preset cpu-small`, then `--readme`."
@@ -16,6 +16,7 @@ NOT_MEASURED = "Not measured yet: `python tools/benchmark.py --preset cpu-small`
 TOLERANCE = {"float32": (1e-3, 1e-3), "bfloat16": (1e-2, 5e-2)}
 COLUMNS = ("system", "pairs/s, max", "median", "tokens/s", "computed", "GFLOP/pair", "MFU", "peak GiB", "compile s",
            "step-1 loss")
+OURS = "orpo_jax packed+shared"  # the system that the README compares with others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +111,46 @@ def save(folder: pathlib.Path, title: str, run: Mapping[str, Any]) -> pathlib.Pa
     return file
 
 
+def kept(folder: pathlib.Path) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the title of every run of every machine in the folder, and the run."""
+    return [item for file in sorted(folder.glob("*.json")) for item in json.loads(file.read_text()).items()]
+
+
 def markdown(folder: pathlib.Path) -> str:
-    """Returns every run of every machine in the folder as Markdown."""
+    """Returns every run in the folder as Markdown."""
     parts = []
-    for file in sorted(folder.glob("*.json")):
-        for title, run in json.loads(file.read_text()).items():
-            facts = ", ".join(f"{key} {value}" for key, value in run["machine"].items() if key != "name")
-            parts += [f"**{title}** on {run['machine']['name']} ({facts}). {run['what']}",
-                      (largest_table if run["kind"] == "largest" else table)(run["systems"])]
+    for title, run in kept(folder):
+        facts = ", ".join(f"{key} {value}" for key, value in run["machine"].items() if key != "name")
+        parts += [f"**{title}** on {run['machine']['name']} ({facts}). {run['what']}",
+                  (largest_table if run["kind"] == "largest" else table)(run["systems"])]
     return "\n\n".join(parts) or NOT_MEASURED
 
 
-def rewrite(readme: pathlib.Path, text: str) -> None:
-    """Puts the text between the README's marks and leaves all else; ValueError where it has not each mark once."""
-    whole = readme.read_text(encoding="utf-8")
+def summary(folder: pathlib.Path) -> str:
+    """Returns, of every run that has OURS, how many times a peer's speed that was, in what part of its memory."""
+    def valid(run: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+        row = run["systems"].get(name, {"void": True})
+        return None if "error" in row or row["void"] else row
+
+    runs = [(title, run, ours) for title, run in kept(folder)
+            if run["kind"] == "compare" and (ours := valid(run, OURS))]
+    peers = [name for name in SYSTEMS if name != OURS and any(valid(run, name) for _, run, _ in runs)]
+    lines = [["run", "machine", "pairs/s", *peers]]
+    for title, run, ours in runs:
+        lines.append([title, run["machine"]["name"], f"{ours['pairs_per_second']:.2f}"])
+        for peer in peers:
+            row = valid(run, peer)
+            lines[-1].append("" if row is None else f"{ours['pairs_per_second'] / row['pairs_per_second']:.1f} x in "
+                             f"{ours['peak_gib'] / row['peak_gib']:.2f}")
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if runs else NOT_MEASURED
+
+
+def rewrite(file: pathlib.Path, text: str) -> None:
+    """Puts the text between the file's marks and leaves all else; ValueError where it has not each mark once."""
+    whole = file.read_text(encoding="utf-8")
     if any(whole.count(mark) != 1 for mark in MARKS):
-        raise ValueError(f"{readme}: must hold each of these lines once: {MARKS[0]} {MARKS[1]}")
+        raise ValueError(f"{file}: must hold each of these lines once: {MARKS[0]} {MARKS[1]}")
     before, rest = whole.split(MARKS[0])
     after = rest.split(MARKS[1])[1]
-    readme.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+    file.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
