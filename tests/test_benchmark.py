@@ -221,8 +221,9 @@ def test_results_are_written_between_marks_only(tmp_path):
         assert "\nold\n" not in text and text.count("| torch TRL ") == 2 == text.count("| out of memory ") * 2
         # A void peer and a run without us are left out.
         assert readme.read_text().split("\n") == [
-            "before", start, "| run | machine | pairs/s | torch TRL |", "| --- | --- | --- | --- |",
-            "| cpu-small | A CPU, 2 cores | 30.00 | 3.0 x in 0.25 |", end, "after", ""]
+            "before", start, "| run       | machine        | pairs/s | torch TRL     |",
+            "|-----------|----------------|---------|---------------|",
+            "| cpu-small | A CPU, 2 cores | 30.00   | 3.0 x in 0.25 |", end, "after", ""]
     readme.write_text("no marks")
     with pytest.raises(ValueError, match="must hold each of these lines once"):
         benchmark.main(["--readme", str(tmp_path), "--results", str(tmp_path)])

@@ -80,14 +80,18 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
             f"{row['compile_seconds']:.1f}", f"{row['loss']:.5f}"]
 
 
-def table(systems: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the systems as a table in Markdown, padded so that it can be read in a terminal too."""
-    rows = [list(COLUMNS), *(cells(name, row) for name, row in systems.items())]
+def grid(rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table in Markdown, its header first, padded so that it can be read in a terminal too."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
              for row in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+def table(systems: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the systems as a table in Markdown."""
+    return grid([COLUMNS, *(cells(name, row) for name, row in systems.items())])
 
 
 def largest_table(systems: Mapping[str, Mapping[str, Any]]) -> str:
@@ -135,15 +139,14 @@ def summary(folder: pathlib.Path) -> str:
     runs = [(title, run, ours) for title, run in kept(folder)
             if run["kind"] == "compare" and (ours := valid(run, OURS))]
     peers = [name for name in SYSTEMS if name != OURS and any(valid(run, name) for _, run, _ in runs)]
-    lines = [["run", "machine", "pairs/s", *peers]]
-    for title, run, ours in runs:
-        lines.append([title, run["machine"]["name"], f"{ours['pairs_per_second']:.2f}"])
-        for peer in peers:
-            row = valid(run, peer)
-            lines[-1].append("" if row is None else f"{ours['pairs_per_second'] / row['pairs_per_second']:.1f} x in "
-                             f"{ours['peak_gib'] / row['peak_gib']:.2f}")
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) if runs else NOT_MEASURED
+
+    def beside(ours: Mapping[str, Any], peer: Mapping[str, Any] | None) -> str:
+        return "" if peer is None else (f"{ours['pairs_per_second'] / peer['pairs_per_second']:.1f} x in "
+                                        f"{ours['peak_gib'] / peer['peak_gib']:.2f}")
+
+    rows = [[title, run["machine"]["name"], f"{ours['pairs_per_second']:.2f}",
+             *(beside(ours, valid(run, peer)) for peer in peers)] for title, run, ours in runs]
+    return grid([["run", "machine", "pairs/s", *peers], *rows]) if runs else NOT_MEASURED
 
 
 def rewrite(file: pathlib.Path, text: str) -> None:
